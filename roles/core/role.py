@@ -1,0 +1,133 @@
+"""What a role is: a declared spec, a probe, a typed state, and the pure difference between them.
+
+Nothing here reaches a node. ``look`` fetches what probes print, ``converge`` removes drift, ``verify``
+reports it; all three use the one ``drift`` that a role defines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, TypeVar
+
+from inventory.base import Spec
+from inventory.cluster import Cluster, Node
+from roles.core.steps import Step
+
+S = TypeVar("S", bound=Spec)
+T = TypeVar("T")
+
+
+PROOF_SECONDS = 300
+"""Time limit of a role's proof."""
+
+
+class Unreadable(Exception):
+    """What a probe printed cannot be understood, so nothing may be changed on its account."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One difference between a node and its declaration.
+
+    id: the key in the role's ``symptoms.yaml``; stable, lower case with hyphens.
+    want, seen: the declared and the found value, in words a user can compare.
+    fix: what removes the difference; what Lockstep does, or what the user must do.
+    repairable: False when converging cannot remove it; the node then fails with ``fix``.
+    disturbs: True when the repair would disturb a running job; it then waits until the job ended.
+    """
+
+    id: str
+    want: str
+    seen: str
+    fix: str
+    repairable: bool = True
+    disturbs: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.id}: want {self.want}, seen {self.seen}"
+
+
+@dataclass(frozen=True)
+class Target(Generic[S]):
+    """The declared side of one role on one node."""
+
+    cluster: Cluster
+    node: Node
+    spec: S
+
+    @property
+    def is_head(self) -> bool:
+        """The head is the first node of the file, whatever ``--limit`` says."""
+        return self.node.name == self.cluster.head.name
+
+    @property
+    def others(self) -> list[Node]:
+        """All nodes of the cluster but this one, in the order of the file."""
+        return [node for node in self.cluster.nodes.values() if node.name != self.node.name]
+
+
+Peers = Mapping[str, Any]
+"""State of the same role on the other nodes, by node name; a node that could not be read is absent."""
+
+Rule = Literal["equal", "equal per class", "differs"]
+
+
+@dataclass(frozen=True)
+class Fact(Generic[T]):
+    """A value that must agree between nodes.
+
+    rule: "equal" on all nodes, "equal per class" within a ``gpu_class``, "differs" on every node.
+    read: the value in a state; None where the node has none, which is never compared.
+    """
+
+    name: str
+    rule: Rule
+    read: Callable[[T], str | None]
+
+
+@dataclass(frozen=True)
+class Role(Generic[S, T]):
+    """One concern of a node.
+
+    section: the key in the cluster file. default: the spec when the file is silent; None means
+    that the role applies only where the file declares it.
+    probe(target): POSIX shell, read-only, run as root; what it prints on stdout, ``parse`` reads.
+    A non-zero exit means "could not look". It must tell "absent" from "not permitted".
+    drift(target, state, peers): pure.
+    converge(target, state, peers, findings): the steps that remove the repairable findings.
+    needs: roles that must be right on this node before this one may change it.
+    head_first: the head converges before the others (they read what it publishes).
+    together: names of the nodes that change at the same time or not at all: nothing happens unless
+    each of them takes part in this run and is right in every other role. Its steps may ``Meet``.
+    proof(target): slow or crossing proof, shell; run by ``verify`` and after a change; leaves the
+    stamp that the probe reads. Prints one line "ID<TAB>what is wrong" for each failed proof.
+    crossing: the proof needs the other nodes to be right too, so a node's own change does not run it.
+    busy(state): what of this role runs on the node now and must not be disturbed, in words, or None.
+    remarks(target, state, peers, dry): lines (and their colours) for the user beside the findings,
+    said once a run; dry: what would be done is to be shown exactly.
+    seconds: time limit of the probe.
+    """
+
+    name: str
+    spec: type[S]
+    default: S | None
+    probe: Callable[[Target[S]], str]
+    parse: Callable[[str], T]
+    drift: Callable[[Target[S], T, Peers], list[Finding]]
+    converge: Callable[[Target[S], T, Peers, Sequence[Finding]], Iterator[Step]]
+    section: str = ""
+    facts: Sequence[Fact[T]] = ()
+    needs: Sequence[str] = ()
+    head_first: bool = False
+    together: Callable[[Cluster], Sequence[str]] | None = None
+    seconds: int = 10
+    proof: Callable[[Target[S]], str] | None = None
+    crossing: bool = False
+    busy: Callable[[T], str | None] | None = None
+    remarks: Callable[[Target[S], T, Peers, bool], Iterable[tuple[str, str | None]]] | None = None
+
+    @property
+    def key(self) -> str:
+        """The section's key in the cluster file."""
+        return self.section or self.name

@@ -1,0 +1,108 @@
+"""One node's shell as root, through pyinfra's connection: used by the look, the steps and the launch.
+
+Why not pyinfra's ``_sudo``: with a password it uploads a helper first (one more command per node and
+run) and puts the password on a command line. Here sudo reads it from standard input.
+"""
+
+from __future__ import annotations
+
+import logging
+import shlex
+from dataclasses import dataclass
+from typing import Any
+
+from paramiko import SSHException
+from pyinfra import logger
+from pyinfra.api.command import StringCommand
+from pyinfra.api.exceptions import PyinfraError
+from pyinfra.api.host import Host
+
+# paramiko logs what it also raises, with a traceback (a peer that accepts and says nothing), and
+# Python prints the errors of a logger that has no handler.
+logging.getLogger("paramiko").addHandler(logging.NullHandler())
+
+
+class NodeFailed(Exception):
+    """A command could not be run, or ended with an error; the message is one sentence."""
+
+
+class Told(NodeFailed):
+    """As NodeFailed; the message was printed already, with the rest of what the command said."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a command left: standard output and standard error, without their last newline."""
+
+    stdout: str
+    stderr: str
+
+
+def connect(node: Host) -> None:
+    """Open the connection if there is none (a node outside ``--limit`` has none).
+
+    Raises NodeFailed when the node cannot be reached.
+    """
+    if node.connected:
+        return
+    try:
+        node.connect(reason="to look", show_errors=False, raise_exceptions=True)
+    except (PyinfraError, OSError, EOFError, SSHException) as error:
+        if "Host key for" in str(error):
+            sentence = (
+                f"shows another host key than the pinned one: see 'lockstep trust {node.name}'"
+            )
+            raise NodeFailed(sentence) from None
+        raise NodeFailed(f"cannot connect: {error}".rstrip(": ")) from None
+
+
+def new_login(node: Host) -> None:
+    """Close the connection and log in again."""
+    client = getattr(node.connector, "client", None)
+    if client is None:  # the control machine itself has no login to renew
+        return
+    node.connector.disconnect()
+    client.close()
+    node.connected = False
+    connect(node)
+
+
+def run(node: Host, script: str, seconds: int, show: bool = False) -> Output:
+    """Run a script as root with ``sh``; its standard input is empty.
+
+    seconds: after these the command counts as failed. show: print its lines as they arrive.
+    Raises NodeFailed with the last line of standard error, or with what broke the connection.
+    """
+    arguments: dict[str, Any] = {"_timeout": seconds, "_sudo": False}
+    command = StringCommand(script)
+    if node.data.get("_sudo"):
+        password = node.data.get("_sudo_password")
+        arguments["_stdin"] = f"{password}\n" if password else None
+        asking = "-S -p ''" if password else "-n"
+        command = StringCommand(
+            f"sudo -H {asking} sh -c {shlex.quote('exec </dev/null;' + script)}"
+        )
+    try:
+        connect(node)
+        ok, output = node.run_shell_command(
+            command, print_output=show, print_input=False, **arguments
+        )
+    except TimeoutError:
+        raise NodeFailed(f"no answer within {seconds} s") from None
+    except (OSError, EOFError, SSHException) as error:
+        raise NodeFailed(f"the connection broke: {error or type(error).__name__}") from None
+    result = Output("\n".join(output.stdout_lines), "\n".join(output.stderr_lines))
+    if not ok:
+        reason = [line for line in output.stderr_lines if line.strip()] or [
+            "it failed without a word, or the connection was lost"
+        ]
+        raise (Told if show and output.stderr_lines else NodeFailed)(reason[-1].strip())
+    return result
+
+
+def say(node: Host, line: str, colour: str | None = None) -> None:
+    """One line for the user, with the node's name before it (on standard error)."""
+    if colour:
+        node.log_styled(line, fg=colour, log_func=logger.error if colour == "red" else logger.info)
+    else:
+        node.log(line)

@@ -1,0 +1,125 @@
+"""The steps a role yields to change a node: a shell command, a file's text, a file from here, a new login.
+
+A step says what it does; ``converge`` carries it out. Steps hold no secrets: keys are made on the node.
+"""
+
+from __future__ import annotations
+
+import base64
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Shell:
+    """Run this as root with ``sh -e``; a non-zero exit fails the node with the last line of stderr.
+
+    seconds: the time limit. show: print each line of its output as it arrives.
+    """
+
+    command: str
+    seconds: int = 60
+    show: bool = False
+
+
+@dataclass(frozen=True)
+class Upload:
+    """Copy a file of the control machine to a path on the node, whole or not at all.
+
+    It arrives beside the destination, its SHA-256 is checked there, and it is renamed.
+    """
+
+    source: Path
+    destination: str
+    sha256: str
+    mode: str = "0644"
+    seconds: int = 3600
+
+
+@dataclass(frozen=True)
+class NewLogin:
+    """Log in again, so that what follows sees what a fresh login sees (limits, groups, PATH)."""
+
+
+@dataclass(frozen=True)
+class Meet:
+    """Wait until every node of a ``together`` role is at this point, or fail when one cannot be.
+
+    point: names it within the role, in words. otherwise: shell to run when the others do not come.
+    seconds: the longest wait.
+    """
+
+    point: str
+    otherwise: str = ""
+    seconds: int = 180
+
+
+Step = Shell | Upload | NewLogin | Meet
+
+Quoted = Callable[[str], str]
+quote: Quoted = shlex.quote
+
+
+def write_file(path: str, text: str, mode: str = "0644", backup: bool = True) -> str:
+    """Shell that makes the file hold exactly this text, owned by root, at once or not at all.
+
+    A first version that Lockstep did not write is kept once as ``PATH.before-lockstep``. A path
+    that cannot be renamed over (a bind mount, as /etc/hosts in containers) is written in place.
+    """
+    encoded = base64.b64encode(text.encode()).decode()
+    target, fresh, kept = (
+        quote(path),
+        quote(f"{path}.lockstep-new"),
+        quote(f"{path}.before-lockstep"),
+    )
+    keep = (
+        f"if test -e {target} && ! test -e {kept}; then cp -p {target} {kept}; fi\n"
+        if backup
+        else ""
+    )
+    return (
+        f"mkdir -p {quote(str(Path(path).parent))}\n"
+        f"{keep}"
+        f"(umask 077; printf %s {encoded} | base64 -d > {fresh})\n"
+        f"chown 0:0 {fresh}; chmod {mode} {fresh}\n"
+        f"mv -f {fresh} {target} 2>/dev/null || {{ cat {fresh} > {target}; chmod {mode} {target}; rm -f {fresh}; }}"
+    )
+
+
+def managed_block(text: str, name: str, lines: list[str]) -> str:
+    """The text with Lockstep's block of that name replaced, or added at its end.
+
+    The block lies between ``# lockstep NAME: begin`` and ``# lockstep NAME: end``. An empty list
+    of lines takes the block out. Everything outside stays; a marker without its partner goes.
+    """
+    begin, end = f"# lockstep {name}: begin", f"# lockstep {name}: end"
+    existing = text.splitlines()
+    marks = [line.strip() for line in existing]
+    place = len(existing)
+    if begin in marks and end in marks[marks.index(begin) :]:
+        place = marks.index(begin)
+        last = marks.index(end, place)
+        existing[place : last + 1] = []
+    existing = (
+        [line for line in existing[:place] if line.strip() not in (begin, end)]
+        + ([begin, *lines, end] if lines else [])
+        + [line for line in existing[place:] if line.strip() not in (begin, end)]
+    )
+    return "\n".join(existing) + "\n" if existing else ""
+
+
+def block_lines(text: str, name: str) -> list[str] | None:
+    """The lines inside Lockstep's block of that name, or None where there is no whole block."""
+    begin, end = f"# lockstep {name}: begin", f"# lockstep {name}: end"
+    found: list[str] | None = None
+    inside: list[str] | None = None
+    for line in text.splitlines():
+        if line.strip() == begin:
+            inside = []
+        elif line.strip() == end and inside is not None:
+            found, inside = inside, None
+        elif inside is not None:
+            inside.append(line)
+    return found

@@ -1,0 +1,63 @@
+"""All roles, in the order in which a node is converged; and the cluster file, read with their specs."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from pathlib import Path
+
+from inventory.cluster import Cluster
+from inventory.loader import default_path, load
+from roles import (
+    archives,
+    compiler,
+    driver,
+    environment,
+    fabric,
+    hosts,
+    job,
+    limits,
+    nccl,
+    network,
+    packages,
+    pdsh,
+    pins,
+    ssh,
+    storage,
+    time,
+    trainer,
+)
+from roles.core.look import AnyRole
+
+ROLES: tuple[AnyRole, ...] = (
+    hosts.role,
+    packages.role,
+    ssh.role,
+    time.role,
+    compiler.role,
+    driver.role,
+    fabric.role,
+    network.role,
+    limits.role,
+    storage.role,
+    pdsh.role,
+    archives.role,
+    environment.role,
+    pins.role,
+    nccl.role,
+    trainer.role,
+    job.role,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def read(path: Path) -> Cluster:
+    """The cluster file, with every role's section checked. Raises InventoryProblem."""
+    return load(path, {role.key: (role.spec, role.default) for role in ROLES})
+
+
+@cache
+def declared() -> Cluster:
+    """The cluster of this run: LOCKSTEP_CLUSTER, inventory/cluster.yaml, or the lab's."""
+    return read(default_path(os.environ, ROOT))
