@@ -1,0 +1,24 @@
+"""archives: what the environments are unpacked from travels once, to the shared storage, by way of the head.
+
+A role of its own, so that all nodes unpack at the same time once the archive has arrived. Without a
+shared storage there is nothing to do: the environment role brings the archive to each node.
+"""
+
+from roles.archives.converge import converge
+from roles.archives.drift import drift
+from roles.archives.probe import ArchivesState, parse, probe
+from roles.core.role import Role
+from roles.environment.spec import Environments
+
+role: Role[Environments, ArchivesState] = Role(
+    name="archives",
+    section="environments",
+    spec=Environments,
+    default=None,
+    probe=probe,
+    parse=parse,
+    drift=drift,
+    converge=converge,
+    needs=("storage",),
+    head_first=True,
+)

@@ -1,0 +1,54 @@
+"""Which archive each environment of a node came from, and which archives lie on the shared storage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from roles.core.role import Target, Unreadable
+from roles.core.steps import quote
+from roles.environment import parcel
+from roles.environment.probe import archive_of, parcel_of, stamp_values
+from roles.environment.prove import STAMP
+from roles.environment.spec import Environments
+
+
+@dataclass(frozen=True)
+class ArchivesState:
+    """unpacked: environment to the SHA-256 of its archive. parcels: places that hold an archive."""
+
+    unpacked: Mapping[str, str]
+    parcels: frozenset[str]
+
+
+def probe(target: Target[Environments]) -> str:
+    """Lines ``parcel PATH`` and ``stamp NAME JSON``; ``end`` is the last."""
+    parts, parcels = [], []
+    for one in target.spec.each():
+        archive = archive_of(target.cluster, one)
+        if archive:
+            parcels.append(parcel_of(target.cluster, one, archive))
+        stamp = quote(f"{one.prefix}/{STAMP}")
+        parts.append(
+            f"if [ -f {stamp} ]; then IFS= read -r l <{stamp}; printf 'stamp %s %s\\n' {one.name} \"$l\"; fi\n"
+        )
+    return "".join([*parts, parcel.probe(parcels, target.cluster), "echo end\n"])
+
+
+def parse(text: str) -> ArchivesState:
+    """The state that ``probe`` printed."""
+    lines = text.split("\n")
+    if lines[-1] != "end":
+        raise Unreadable("the list of archives is incomplete")
+    unpacked: dict[str, str] = {}
+    parcels: set[str] = set()
+    for line in lines[:-1]:
+        word, _, value = line.partition(" ")
+        if word == "parcel":
+            parcels.add(value)
+        elif word == "stamp":
+            name, _, stamp = value.partition(" ")
+            unpacked[name] = str(stamp_values(stamp).get("archive", ""))
+        else:
+            raise Unreadable(f"unexpected line {line!r}")
+    return ArchivesState(unpacked, frozenset(parcels))

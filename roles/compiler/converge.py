@@ -1,0 +1,92 @@
+"""Installs what is missing, and lets every login find a compiler that is not the system's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from roles.compiler.choose import Choice, choose, headers_package
+from roles.compiler.drift import unfit
+from roles.compiler.probe import MARK, NAMES, WRAPPERS, CompilerState
+from roles.compiler.spec import CompilerSpec
+from roles.core.role import Finding, Peers, Target
+from roles.core.steps import Shell, Step, quote, write_file
+from roles.packages.converge import INSTALL_SECONDS, installing
+from roles.packages.spec import PackagesSpec
+
+
+def converge(
+    target: Target[CompilerSpec], state: CompilerState, peers: Peers, findings: Sequence[Finding]
+) -> Iterator[Step]:
+    """All packages at once, then the wrappers."""
+    ids = {finding.id for finding in findings}
+    names: list[str] = []
+    choice = choose(target.spec, state) if "gcc-too-old" in ids else None
+    if choice:
+        names += choice.packages
+    if "ninja-missing" in ids:
+        names.append("ninja-build")
+    if "python-headers" in ids:
+        names.append(headers_package(state))
+    if names:
+        packages = target.cluster.section("packages", PackagesSpec) or PackagesSpec()
+        yield installing(packages, names) if state.manager == "apt" else _with_dnf(names)
+    if choice:
+        yield Shell(_wrappers(choice, target.spec, state))
+    if "ninja-missing" in ids:  # some systems call it ninja-build alone, which torch does not know
+        yield Shell(
+            "if ! test -e /usr/bin/ninja && test -x /usr/bin/ninja-build; "
+            f"then ln -sfn /usr/bin/ninja-build {WRAPPERS}/ninja; fi"
+        )
+
+
+def _with_dnf(names: Sequence[str]) -> Shell:
+    words = " ".join(quote(name) for name in names)
+    return Shell(
+        "export LC_ALL=C\n"
+        "if command -v dnf >/dev/null; then dnf=dnf; else dnf=yum; fi\n"
+        f"$dnf -y -q install {words} >&2",
+        INSTALL_SECONDS,
+    )
+
+
+def wrapper(choice: Choice, name: str) -> str:
+    """A command that runs the chosen compiler under its plain name.
+
+    A toolset's ``enable`` reaches interactive shells only; and its gcc needs its own assembler and
+    linker, which it finds by PATH.
+    """
+    compiler = choice.gcc if name in ("gcc", "cc") else choice.gxx
+    first = f"PATH={choice.folder}:$PATH " if choice.folder else ""
+    return f'#!/bin/sh\n{MARK}\n{first}exec {compiler} "$@"\n'
+
+
+def _wrappers(choice: Choice, spec: CompilerSpec, state: CompilerState) -> str:
+    """Shell that writes the wrappers, or takes Lockstep's away where the system's own will do."""
+    lines = []
+    for name in NAMES:
+        path = f"{WRAPPERS}/{name}"
+        if choice.gcc:
+            lines.append(write_file(path, wrapper(choice, name), mode="0755", backup=False))
+        elif name in unfit(spec, state) and name in state.tools and state.tools[name].ours:
+            lines.append(f"rm -f {path}")
+    return "\n".join(lines) or ":"
+
+
+def proof(target: Target[CompilerSpec]) -> str:
+    """Compiles and links a small program, as a login would: what is installed in part shows here."""
+    include = "#include <vector>\\n"
+    flags = ""
+    if target.spec.python_headers:
+        include += "#include <Python.h>\\n"
+        flags = '-I"/usr/include/python$version" -I"/usr/include/python${version}m" '
+    return f"""
+PATH={WRAPPERS}:/usr/bin:/bin; export PATH LC_ALL=C
+real=$(readlink -f /usr/bin/python3); version=${{real##*python}}
+dir=$(mktemp -d) || exit 1
+trap 'rm -rf "$dir"' EXIT
+if ! printf '{include}int main() {{ return (int)std::vector<int>().size(); }}\\n' |
+  c++ -std=c++17 -x c++ {flags}-o "$dir/program" - >"$dir/said" 2>&1
+then
+  printf 'compiler-broken\\tc++ compiles no small program: %s\\n' "$(grep -m 1 -iE 'error|cannot|not found' "$dir/said" || tail -n 1 "$dir/said")"
+fi
+""".strip()

@@ -1,0 +1,225 @@
+"""Brings an environment to its prefix as a whole: unpacked beside it, mended, stamped, put in place.
+
+At any power cut there is the old tree, or the new one, or (between two renames) the new one beside the
+empty prefix, which the next run puts in place. A tree without a stamp never counts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path, PurePosixPath
+
+from inventory.cluster import Cluster
+from roles.core.role import Finding, Peers, Target
+from roles.core.steps import Shell, Step, quote
+from roles.environment import parcel
+from roles.environment.archive import TOOLS, Archive, describe
+from roles.environment.drift import Action, Pair, pairs, wanted_proof, wanted_stamp
+from roles.environment.parcel import deliver, place_of
+from roles.environment.probe import BIN_ON_PATH, EnvironmentState, parcel_of
+from roles.environment.prove import PROOF, STAMP
+from roles.environment.spec import Declared, Environments, at_hand
+
+UNPACK_SECONDS = 1800
+ASIDE = f"{STAMP}.aside"
+"""The stamp of an environment while something is installed into it."""
+LOGIN = "env -i HOME=/root PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+"""What a login that runs no shell profile has: how launchers reach the other nodes."""
+
+
+@cache
+def text_of(name: str) -> str:
+    """A script of this folder that is sent to the nodes."""
+    return Path(__file__).with_name(name).read_text()
+
+
+def here_script(name: str) -> str:
+    """The script as a here-document."""
+    return f"<<'LOCKSTEP_SCRIPT'\n{text_of(name)}LOCKSTEP_SCRIPT\n"
+
+
+def converge(
+    target: Target[Environments],
+    state: EnvironmentState,
+    peers: Peers,
+    findings: Sequence[Finding],
+) -> Iterator[Step]:
+    """For each environment: the tree, then the links. What is only unproved needs no step."""
+    for one in target.spec.each():
+        found: list[Pair] = [
+            pair for pair in pairs(target, state, one) if pair[1] in findings and pair[1].repairable
+        ]
+        actions = {action for action, _ in found}
+        if not actions - {Action.NONE}:
+            continue
+        archive = describe(at_hand(target.cluster, one.spec.archive))
+        if Action.UNPACK in actions:
+            own = parcel_of(target.cluster, one, archive)
+            whole = any(
+                stamp.strip() == wanted_stamp(one, archive)
+                for stamp in state.environments[one.name].fresh.values()
+            )
+            if whole:
+                yield Shell(alone(put_in_place(one, archive)), UNPACK_SECONDS)
+            else:
+                yield from deliver(own, target, state.parcels, peers)
+                path = place_of(own, target, state.parcels, peers)
+                command = unpack(one, archive, path, _kept(target.cluster))
+                yield Shell(alone(command), UNPACK_SECONDS)
+        elif Action.FINISH in actions:
+            yield Shell(alone(put_in_place(one, archive)), UNPACK_SECONDS)
+        elif Action.MEND in actions:
+            yield Shell(alone(mend_in_place(one, archive)), UNPACK_SECONDS)
+        if Action.CLEAN in actions:
+            yield Shell(alone(f"rm -rf {quote(one.prefix)}.lockstep-new-*"), UNPACK_SECONDS)
+        if Action.LINK in actions:
+            yield Shell(link(one))
+
+
+def alone(command: str, seconds: int = UNPACK_SECONDS // 2) -> str:
+    """Shell that changes environments only while nothing else on the node does.
+
+    What a killed control process began goes on there, and would mix its tree with the next run's.
+    seconds: the longest wait for it.
+    """
+    busy = "an earlier run is still changing the environments of this node: converge again later"
+    return (
+        f"mkdir -p {quote(parcel.LOCAL)}\n"
+        f'L={quote(f"{parcel.LOCAL}/environments.lock")}\n(umask 077; : >>"$L")\nexec 9>>"$L"\n'
+        f"if ! flock -w {seconds} 9; then echo {quote(busy)} >&2; exit 1; fi\n{command}"
+    )
+
+
+def beside(one: Declared, archive: Archive) -> str:
+    """Where the new tree is made: on the prefix's file system, named by its archive."""
+    return f"{one.prefix}.lockstep-new-{archive.sha256[:12]}"
+
+
+def _kept(cluster: Cluster) -> list[str]:
+    section = cluster.section("environments", Environments)
+    known = section.each() if section else []
+    return [describe(at_hand(cluster, one.spec.archive)).file_name for one in known]
+
+
+def unpack(one: Declared, archive: Archive, path: str, kept: Sequence[str] = ()) -> str:
+    """Shell: from the archive at ``path`` to the new environment in place.
+
+    kept: names of archives that stay in the node's own folder; those of earlier versions go.
+    """
+    tool = TOOLS.get(archive.ending)
+    parts = PurePosixPath(archive.root).parts
+    # "./llm" has two parts for tar, one for PurePosixPath.
+    strip = len(parts) + (1 if archive.root.startswith("./") or archive.root == "." else 0)
+    need = archive.unpacked // 1024 + 65536
+    names = "|".join([*map(quote, kept), "''"])
+    return (
+        f"umask 022\nP={quote(one.prefix)} N={quote(beside(one, archive))} A={quote(path)}\n"
+        f"D={quote(str(PurePosixPath(one.prefix).parent))}\n"
+        f"{_needs(tool)}"
+        'rm -rf "$P".lockstep-new-*\n'
+        "broken() {\n"
+        f'  if ! echo "{archive.sha256}  $A" | sha256sum -c --status -; then rm -f "$A"\n'
+        '    echo "$A was damaged, and is removed: converge again ($1)" >&2; exit 1; fi\n'
+        '  echo "unpacking $A: $1" >&2; exit 1\n'
+        "}\n"
+        f'if [ "$(stat -c %s "$A")" != {archive.size} ]; then broken "not its whole size"; fi\n'
+        'mkdir -p "$D"\n'
+        "F=$(df -Pk \"$D\" | awk 'NR == 2 { print $4 }')\n"
+        f'if [ "$F" -lt {need} ]; then\n'
+        f'  echo "no room for {one.name}: $D has $((F / 1024)) MiB free, {need // 1024} are needed" >&2; exit 1; fi\n'
+        'mkdir -m 0755 "$N"\n'
+        f'E=$(tar -x -f "$A" {f"-I {tool} " if tool else ""}-C "$N" --no-same-owner --no-same-permissions '
+        f"--strip-components={strip} --exclude={STAMP} --exclude={PROOF}"
+        f"{' -- ' + quote(archive.root) if archive.root not in ('', '.') else ''} 2>&1) "
+        '|| broken "$(printf \'%s\\n\' "$E" | head -n 1)"\n'
+        'chmod 0755 "$N"\n'
+        f"{_mend('N', archive)}"
+        f"{put_in_place(one, archive, stamped=False)}"
+        f'for f in {quote(parcel.LOCAL)}/archives/*; do case ${{f##*/}} in {names}) ;; *) rm -f "$f";; esac; done\n'
+    )
+
+
+def _needs(tool: str | None) -> str:
+    """Shell that ends at once, with the reason, on a node that cannot unpack."""
+    if tool is None:
+        return ""
+    sentence = (
+        f"{tool}, which unpacks the archive, is not on this node: name it under packages.install"
+    )
+    return f"if ! command -v {tool} >/dev/null; then echo {quote(sentence)} >&2; exit 1; fi\n"
+
+
+def _mend(variable: str, archive: Archive) -> str:
+    """Shell that mends the tree at $N or $P for the prefix $P; an own link of bin/python comes first."""
+    program = quote(archive.interpreter)
+    return f'"${variable}"/{program} -I -S - "${variable}" "$P" {here_script("mend.py")}'
+
+
+def _stamp(variable: str, one: Declared, archive: Archive) -> str:
+    """Shell that stamps a tree whose data has reached the disk."""
+    stamp = f'"${variable}"/{STAMP}'
+    return (
+        f'sync -f "${variable}"\n'
+        f"printf '%s\\n' {quote(wanted_stamp(one, archive))} > {stamp}.new\n"
+        f'sync {stamp}.new\nmv -f {stamp}.new {stamp}\nsync "${variable}"\n'
+    )
+
+
+def put_in_place(one: Declared, archive: Archive, stamped: bool = True) -> str:
+    """Shell: the tree beside becomes the environment; the one before is kept once.
+
+    What Lockstep did not make is kept for good, as ``PREFIX.before-lockstep``.
+    """
+    return (
+        f"P={quote(one.prefix)} N={quote(beside(one, archive))}\n"
+        # An earlier run that went on may have done it since the node was looked at.
+        + (f'[ -f "$N"/{STAMP} ] || exit 0\n' if stamped else _stamp("N", one, archive))
+        + 'if [ -e "$P" ] || [ -L "$P" ]; then\n'
+        f'  if [ -e "$P/{STAMP}" ] || [ -e "$P/{ASIDE}" ] || [ -e "$P.before-lockstep" ]; then\n'
+        '    O=$P.lockstep-old; rm -rf "$O"\n'
+        "  else O=$P.before-lockstep; fi\n"
+        '  mv -T "$P" "$O"\nfi\n'
+        'mv -T "$N" "$P"\n'
+        'sync "${P%/*}"\n'
+        'for n in "$P".lockstep-new-*; do rm -rf "$n"; done\n'
+    )
+
+
+def mend_in_place(one: Declared, archive: Archive) -> str:
+    """Shell: paths of a tree that was moved here, or scripts that were changed, mended where they lie."""
+    commands = " ".join(quote(f"{one.prefix}/bin/{name}") for name in one.spec.commands)
+    return (
+        f'P={quote(one.prefix)}\nrm -f "$P"/{STAMP}.new\n{_mend("P", archive)}'
+        f'for c in {commands}; do if [ -f "$c" ]; then chmod a+rx "$c"; fi; done\n'
+        f"{_stamp('P', one, archive)}"
+    )
+
+
+def link(one: Declared) -> str:
+    """Shell: the commands in /usr/local/bin; a file there that is no link is left alone."""
+    words = " ".join(map(quote, one.linked))
+    return (
+        f"mkdir -p {BIN_ON_PATH}\nfor c in {words}; do l={BIN_ON_PATH}/$c\n"
+        '  if [ -L "$l" ] || ! [ -e "$l" ]; then\n'
+        f'    ln -sfn {quote(one.prefix)}/bin/"$c" "$l.lockstep-new"; mv -fT "$l.lockstep-new" "$l"\n'
+        "  fi\ndone\n"
+    )
+
+
+def proof(target: Target[Environments], stale_only: bool = False) -> str:
+    """Shell that proves every environment as a login without activation finds it.
+
+    stale_only: where a valid proof lies, nothing is run.
+    """
+    mode = " stale" if stale_only else ""
+    calls = "".join(
+        f"prove {quote(one.prefix)} {quote(json.dumps(wanted_proof(one)))}{mode}\n"
+        for one in target.spec.each()
+    )
+    return (
+        "cd /\nprove() {\n"
+        'if ! [ -x "$1/bin/python" ]; then printf \'environment-missing\\tno %s/bin/python\\n\' "$1"; return 0; fi\n'
+        f'{LOGIN} "$1/bin/python" - "$@" {here_script("prove.py")}}}\n{calls}'
+    )

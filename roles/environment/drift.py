@@ -1,0 +1,263 @@
+"""How a node's environments differ from the cluster file."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from enum import Enum
+from pathlib import PurePosixPath
+
+from roles.core.role import Finding, Peers, Target
+from roles.environment import mend, prove
+from roles.environment.archive import Archive, ArchiveProblem, describe
+from roles.environment.probe import BIN_ON_PATH, EnvironmentState, Seen, stamp_values
+from roles.environment.spec import Declared, Environments, at_hand, normal_name, of_metadata
+
+
+class Action(Enum):
+    """What removes a finding."""
+
+    NONE = "nothing that converging can do, or the proof alone"
+    UNPACK = "put the archive in place"
+    FINISH = "put the tree in place that lies whole beside the prefix"
+    MEND = "mend the tree where it lies"
+    CLEAN = "remove what a broken-off change left"
+    LINK = "write the links in /usr/local/bin"
+
+
+Pair = tuple[Action, Finding]
+
+
+def wanted_stamp(one: Declared, archive: Archive) -> str:
+    """The text of the stamp that a right environment carries, one line of JSON."""
+    values = {"archive": archive.sha256, "mender": mend.VERSION, "prefix": one.prefix}
+    return json.dumps(values, sort_keys=True)
+
+
+def wanted_proof(one: Declared) -> dict[str, list[str]]:
+    """What the proof must show, as ``prove.py`` takes it."""
+    return {"imports": one.spec.imports, "commands": one.spec.commands, "linked": one.linked}
+
+
+def drift(target: Target[Environments], state: EnvironmentState, peers: Peers) -> list[Finding]:
+    """Findings of every declared environment."""
+    return [finding for one in target.spec.each() for _, finding in pairs(target, state, one)]
+
+
+def pairs(target: Target[Environments], state: EnvironmentState, one: Declared) -> list[Pair]:
+    """The findings of one environment, each with what removes it."""
+    return list(_pairs(target, state, one))
+
+
+def _pairs(target: Target[Environments], state: EnvironmentState, one: Declared) -> Iterator[Pair]:
+    seen = state.environments.get(one.name, Seen())
+    try:
+        archive = describe(at_hand(target.cluster, one.spec.archive))
+    except ArchiveProblem as error:
+        yield (
+            Action.NONE,
+            Finding(
+                "environment-archive",
+                f"an archive of environment {one.name} on the control machine",
+                str(error),
+                f"correct environments.{one.name}.archive",
+                repairable=False,
+            ),
+        )
+        return
+    borrowed = _without_interpreter(one, seen, archive)
+    if borrowed:
+        yield Action.NONE, borrowed
+        return
+    tree = list(_tree(one, seen, archive))
+    yield from tree
+    yield from _links(one, seen)
+    if not tree:
+        yield from _proof(one, seen)
+
+
+def _without_interpreter(one: Declared, seen: Seen, archive: Archive) -> Finding | None:
+    """A venv borrows the node's interpreter: missing, or another version, it can never run."""
+    if archive.home is None:
+        return None
+    name = PurePosixPath(seen.home).name
+    version = re.fullmatch(r"python([0-9]+\.[0-9]+)", name)
+    if seen.home and (version is None or version[1] == archive.python):
+        return None
+    return Finding(
+        "environment-python",
+        f"{archive.home} with Python {archive.python}, which {one.name} was made from",
+        f"Python {version[1]}" if version else "no such program",
+        f"install Python {archive.python} on the node, or pack the environment with its own interpreter "
+        "(conda-pack)",
+        repairable=False,
+    )
+
+
+def _tree(one: Declared, seen: Seen, archive: Archive) -> Iterator[Pair]:
+    """Whether the right tree lies at the prefix, whole."""
+    want = stamp_values(wanted_stamp(one, archive))
+    stamp = stamp_values(seen.stamp)
+    whole_beside = [name for name, text in seen.fresh.items() if stamp_values(text) == want]
+    described = f"{one.name} at {one.prefix} from archive {archive.sha256[:12]}"
+
+    def different(
+        id: str, seen: str, fix: str = "the archive is unpacked and put in place"
+    ) -> Finding:
+        return Finding(id, described, seen, fix, disturbs=True)
+
+    if seen.tree == "absent" and whole_beside:
+        yield (
+            Action.FINISH,
+            different(
+                "environment-interrupted",
+                "the new tree beside it: a change was cut off",
+                "the new tree is put in place",
+            ),
+        )
+        return
+    if not stamp:
+        what = {
+            "absent": "nothing",
+            "file": "a file",
+            "directory": "a directory that Lockstep did not finish or did not make",
+        }[seen.tree]
+        yield (
+            Action.UNPACK,
+            different("environment-missing", what),
+        )
+        return
+    if stamp.get("archive") != archive.sha256:
+        other = str(stamp.get("archive"))[:12]
+        yield Action.UNPACK, different("environment-version", f"archive {other}")
+        return
+    missing = [name for name in one.spec.commands if name not in seen.commands]
+    proof = stamp_values(seen.proof)
+    if proof.get("damage") and proof.get("archive") == archive.sha256:
+        yield Action.UNPACK, different("environment-damaged", str(proof["damage"]))
+        return
+    if not seen.interpreter or not seen.site:
+        lost = (
+            f"no {one.prefix}/bin/python that runs" if not seen.interpreter else "no site-packages"
+        )
+        yield Action.UNPACK, different("environment-damaged", lost)
+        return
+    if missing and proof.get("archive") == archive.sha256:  # it was there when it was proved
+        yield Action.UNPACK, different("environment-damaged", f"no bin/{', bin/'.join(missing)}")
+        return
+    changed = _changed(one, seen, archive)
+    if changed:
+        yield Action.UNPACK, different("environment-changed", changed)
+        return
+    if missing:
+        yield (
+            Action.NONE,
+            Finding(
+                "environment-command",
+                f"{', '.join(missing)} in {one.prefix}/bin",
+                "not in the archive",
+                f"pack the environment with it, or correct environments.{one.name}.commands",
+                repairable=False,
+            ),
+        )
+    if stamp != want:
+        was = f"a tree mended for {stamp.get('prefix')} by mender {stamp.get('mender')}"
+        yield Action.MEND, different("environment-moved", was, "its paths are mended again")
+    strange = sorted(_strange(one, seen))
+    if strange:
+        yield (
+            Action.MEND,
+            Finding(
+                "env-moved-shebang",
+                f"commands of {one.name} run by {one.prefix}/bin/python",
+                ", ".join(strange),
+                "their first lines are mended",
+                disturbs=True,
+            ),
+        )
+    if seen.fresh:
+        yield (
+            Action.CLEAN,
+            Finding(
+                "environment-leftover",
+                f"nothing beside {one.prefix}",
+                ", ".join(f"{one.prefix}{name}" for name in sorted(seen.fresh)),
+                "what a broken-off change left is removed",
+            ),
+        )
+
+
+def _changed(one: Declared, seen: Seen, archive: Archive) -> str:
+    """Distributions that are not the archive's, in words: added or taken out by hand, or by pins of
+    the past. Those that are pinned now, and the trainer, have roles of their own."""
+    own = {normal_name(name) for name in one.spec.pins} | {prove.OWN}
+
+    def others(folders: Iterable[str]) -> set[str]:
+        return {folder for folder in folders if of_metadata(folder)[0] not in own}
+
+    have, want = others(seen.distributions), others(archive.distributions)
+    parts = [
+        f"{word} {', '.join(sorted(names))}"
+        for word, names in (("added", have - want), ("missing", want - have))
+        if names
+    ]
+    return "; ".join(parts)
+
+
+def _strange(one: Declared, seen: Seen) -> Iterator[str]:
+    for name, command in seen.commands.items():
+        prefix = mend.interpreter_prefix(command.start.encode())
+        if prefix is not None and prefix != one.prefix.encode():
+            yield f"bin/{name} by {prefix.decode(errors='replace') or 'any python on the PATH'}"
+        elif not command.executable:
+            yield f"bin/{name} not executable"
+
+
+def _links(one: Declared, seen: Seen) -> Iterator[Pair]:
+    absent = [name for name in one.linked if seen.links.get(name, "absent") == "absent"]
+    foreign = [name for name in one.linked if seen.links.get(name) == "foreign"]
+    elsewhere = [
+        f"{name} to {seen.links[name]}"
+        for name in one.linked
+        if seen.links.get(name, "absent") not in ("ok", "absent", "foreign")
+    ]
+    if absent or elsewhere:
+        found = [*elsewhere, *(f"no {name}" for name in absent)]
+        yield (
+            Action.LINK,
+            Finding(
+                "launcher-not-found",
+                f"{', '.join(one.linked)} in {BIN_ON_PATH} lead to {one.prefix}",
+                ", ".join(found),
+                "the links are written",
+            ),
+        )
+    if foreign:
+        yield (
+            Action.NONE,
+            Finding(
+                "environment-foreign-command",
+                f"{', '.join(foreign)} in {BIN_ON_PATH} lead to {one.prefix}",
+                "a file that Lockstep did not make",
+                f"move {', '.join(f'{BIN_ON_PATH}/{name}' for name in foreign)} away, "
+                f"or set environments.{one.name}.on_path: false",
+                repairable=False,
+            ),
+        )
+
+
+def _proof(one: Declared, seen: Seen) -> Iterator[Pair]:
+    proof = stamp_values(seen.proof)
+    key = prove.key(seen.stamp, sorted(seen.distributions), seen.interpreter, wanted_proof(one))
+    if not proof.get("ok") or proof.get("key") != key:
+        what = "changed since its proof" if proof.get("ok") else "not proved"
+        yield (
+            Action.NONE,
+            Finding(
+                "environment-unproved",
+                f"{one.name} proved: it imports {', '.join(one.spec.imports)}, its commands start",
+                what,
+                "it is proved",
+            ),
+        )

@@ -1,0 +1,81 @@
+"""Files that travel from the control machine to nodes: once to the shared storage, or else to each node.
+
+A parcel is named by its content, so what lies under its name is it: it arrives beside its place, is
+checked there and renamed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from inventory.cluster import Cluster
+from roles.core.role import Peers, Target
+from roles.core.steps import Step, Upload, quote
+from roles.storage.spec import depot
+
+LOCAL = "/var/lib/lockstep"
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """source: on the control machine. place: below the depot or /var/lib/lockstep, with the content's name."""
+
+    source: Path
+    sha256: str
+    place: str
+
+    def local(self) -> str:
+        """Where it lies on a node that has it for itself."""
+        return f"{LOCAL}/{self.place}"
+
+    def shared(self, cluster: Cluster) -> str | None:
+        """Where it lies for all nodes; None without a shared storage."""
+        lockstep = depot(cluster)
+        return f"{lockstep}/{self.place}" if lockstep else None
+
+    def places(self, cluster: Cluster) -> list[str]:
+        """Where a node may find it, best first."""
+        shared = self.shared(cluster)
+        return [shared, self.local()] if shared else [self.local()]
+
+
+def probe(parcels: Iterable[Parcel], cluster: Cluster) -> str:
+    """Shell that prints ``parcel PATH`` for each place that holds one."""
+    paths = [path for parcel in parcels for path in parcel.places(cluster)]
+    if not paths:
+        return ""
+    words = " ".join(map(quote, paths))
+    return f'for p in {words}; do if [ -f "$p" ]; then printf \'parcel %s\\n\' "$p"; fi; done\n'
+
+
+def deliver(
+    parcel: Parcel, target: Target[Any], seen: Collection[str], peers: Peers
+) -> Iterator[Step]:
+    """The step that brings it where ``place_of`` says; none where it lies already."""
+    if not _lies(parcel, target, seen, peers):
+        yield Upload(parcel.source, place_of(parcel, target, seen, peers), parcel.sha256)
+
+
+def place_of(parcel: Parcel, target: Target[Any], seen: Collection[str], peers: Peers) -> str:
+    """Where the node finds it. Only the head writes to the shared storage: two that did would collide."""
+    shared = parcel.shared(target.cluster)
+    if shared and (shared in seen or shared in _of_head(target, peers) or target.is_head):
+        return shared
+    return parcel.local()
+
+
+def _lies(parcel: Parcel, target: Target[Any], seen: Collection[str], peers: Peers) -> bool:
+    path = place_of(parcel, target, seen, peers)
+    return path in seen or (path != parcel.local() and path in _of_head(target, peers))
+
+
+def _of_head(target: Target[Any], peers: Peers) -> Collection[str]:
+    """What the head sees now: it may have published since this node was looked at."""
+    if target.is_head:
+        return ()
+    head = peers.get(target.cluster.head.name)
+    found: Collection[str] = head.parcels if head is not None else ()
+    return found

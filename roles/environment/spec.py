@@ -1,0 +1,209 @@
+"""What a user may ask of the Python environments: which archives, where they live, what they must offer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, model_validator
+
+from inventory.base import NODE_NAME, AbsolutePath, Spec, Strict, Version
+from inventory.cluster import Cluster
+from roles.storage.spec import shared_path
+
+HOME_OF_ENVIRONMENTS = "/opt/lockstep/envs"
+SYSTEM_DIRECTORIES = re.compile(
+    r"/(bin|boot|dev|etc|lib\w*|proc|run|sbin|sys|usr)(/.*)?|/(home|media|mnt|opt|root|srv|tmp|var)"
+    r"|/var/(cache|lib|log|opt|spool|tmp)|/home/[^/]+|/opt/lockstep(/envs)?"
+)
+"""Never an environment's prefix: the prefix is renamed away as a whole when the environment changes."""
+
+IMPORT = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+COMMAND = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]*")
+DISTRIBUTION = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
+VERSION = re.compile(r"[0-9A-Za-z][0-9A-Za-z.+!_-]*")
+
+
+def normal_name(distribution: str) -> str:
+    """A distribution's name as the package index compares it (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
+def of_metadata(folder: str) -> tuple[str, str]:
+    """(normal name, version) of a metadata folder such as ``protobuf-3.20.1.dist-info``.
+
+    Old tools write ``PyYAML-6.0-py3.11.egg-info``. The version is empty where the name has none.
+    """
+    stem = re.sub(r"(-py[0-9.]+)?\.egg-info$|\.dist-info$", "", folder)
+    name, dash, version = stem.rpartition("-")
+    if not dash:
+        return normal_name(stem), ""
+    return normal_name(name), version
+
+
+def _path(value: Any) -> Any:
+    return Path(value) if isinstance(value, str) and value else value
+
+
+def _matching(pattern: re.Pattern[str], what: str) -> AfterValidator:
+    def check(text: str) -> str:
+        if not pattern.fullmatch(text):
+            raise ValueError(f"{text!r} is no {what}")
+        return text
+
+    return AfterValidator(check)
+
+
+def _prefix(text: str) -> str:
+    if SYSTEM_DIRECTORIES.fullmatch(text):
+        raise ValueError(
+            f"{text} holds other things too: give the environment a directory of its own"
+        )
+    return text
+
+
+def _index(text: str) -> str:
+    if re.search(r"//[^/]*@", text):
+        raise ValueError(
+            "the index must not hold a password: put it in the nodes' own pip configuration"
+        )
+    if not re.fullmatch(r"(https?|file)://\S+", text):
+        raise ValueError(f"{text!r} is no address of a package index")
+    return text
+
+
+ControlPath = Annotated[Path, BeforeValidator(_path)]
+"""A path on the control machine; a relative one counts from the cluster file's folder."""
+
+
+class Environment(Strict):
+    """One environment, the same on every node.
+
+    archive: tar of a venv or conda environment on the control machine (plain, gz, bz2, xz or zst).
+    prefix: where it lives on the nodes; None means /opt/lockstep/envs/NAME.
+    imports: modules that must import there.
+    commands: programs of its ``bin`` that must run there.
+    on_path: links to these commands in /usr/local/bin, so that a shell without activation finds them
+        (never one called python or pip); None means yes for the only environment, no beside others.
+    pins: distribution name to the exact version that replaces the archive's own.
+    wheels: directory on the control machine with the wheels of the pins.
+    index: address of the package index for pins without such a directory.
+    """
+
+    archive: ControlPath
+    prefix: Annotated[AbsolutePath, AfterValidator(_prefix)] | None = None
+    imports: list[Annotated[str, _matching(IMPORT, "module name")]] = [
+        "torch",
+        "deepspeed",
+        "transformers",
+    ]
+    commands: list[Annotated[str, _matching(COMMAND, "name of a command")]] = [
+        "torchrun",
+        "deepspeed",
+    ]
+    on_path: bool | None = None
+    pins: dict[
+        Annotated[str, _matching(DISTRIBUTION, "name of a distribution")],
+        Annotated[Version, _matching(VERSION, "version")],
+    ] = {}
+    wheels: ControlPath | None = None
+    index: Annotated[str, AfterValidator(_index)] | None = None
+
+    @model_validator(mode="after")
+    def _pins_can_be_met(self) -> Environment:
+        names = [normal_name(name) for name in self.pins]
+        for name in sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"{name} is pinned twice, under two spellings")
+        if "torch" in names:
+            raise ValueError(
+                "torch comes with the archive and is not pinned: build the archive with it"
+            )
+        if self.pins and self.wheels is None and self.index is None:
+            raise ValueError("pins need 'wheels' (a directory of wheels) or 'index'")
+        if self.wheels is not None and self.index is not None:
+            raise ValueError("give 'wheels' or 'index', not both")
+        return self
+
+
+@dataclass(frozen=True)
+class Declared:
+    """One environment with its name and everything that follows from it.
+
+    linked: the commands that /usr/local/bin must lead to this environment.
+    """
+
+    name: str
+    spec: Environment
+    prefix: str
+    on_path: bool
+
+    @property
+    def linked(self) -> list[str]:
+        """Never python or pip: those names in /usr/local/bin would hide the system's own."""
+        names = self.spec.commands if self.on_path else []
+        return [name for name in names if not re.match(r"(python|pip)[0-9.]*$", name)]
+
+
+class Environments(Spec):
+    """The section ``environments``: a map from names to environments, beside the key ``manage``."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Environment]
+
+    @model_validator(mode="after")
+    def _names(self) -> Environments:
+        for name in self.__pydantic_extra__:
+            if not NODE_NAME.fullmatch(name):
+                raise ValueError(
+                    f"{name!r} is no name of an environment: use lower-case letters, digits and hyphens"
+                )
+        return self
+
+    def each(self) -> list[Declared]:
+        """The environments in the order of the file."""
+        only = len(self.__pydantic_extra__) == 1
+        return [
+            Declared(
+                name,
+                spec,
+                spec.prefix or f"{HOME_OF_ENVIRONMENTS}/{name}",
+                only if spec.on_path is None else spec.on_path,
+            )
+            for name, spec in self.__pydantic_extra__.items()
+        ]
+
+    def problems(self, cluster: Cluster) -> Iterable[tuple[str, str]]:
+        """Contradictions between environments, and with the shared storage."""
+        shared = shared_path(cluster)
+        before: list[Declared] = []
+        for one in self.each():
+            if shared and PurePosixPath(one.prefix).is_relative_to(shared):
+                yield (
+                    f"{one.name}.prefix",
+                    f"{one.prefix} lies on the shared storage {shared}, where every node would unpack it: "
+                    "choose a path on the nodes' own disks",
+                )
+            for other in before:
+                paths = PurePosixPath(one.prefix), PurePosixPath(other.prefix)
+                if paths[0].is_relative_to(paths[1]) or paths[1].is_relative_to(paths[0]):
+                    yield (
+                        f"{one.name}.prefix",
+                        f"{one.prefix} overlaps the environment {other.name}",
+                    )
+                both = sorted(set(one.linked) & set(other.linked))
+                if both:
+                    yield (
+                        f"{one.name}.on_path",
+                        f"{', '.join(both)} on the PATH cannot lead to {other.name} and {one.name}: "
+                        "set on_path: false for one of them",
+                    )
+            before.append(one)
+
+
+def at_hand(cluster: Cluster, path: Path) -> Path:
+    """A path of the cluster file as an absolute path on the control machine."""
+    path = path.expanduser()
+    return path if path.is_absolute() else (cluster.path.parent / path).absolute()

@@ -1,0 +1,311 @@
+"""How a node's NCCL differs from the cluster file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from inventory.cluster import Cluster
+from roles.core.role import Finding, Peers, Target
+from roles.environment.probe import archive_of
+from roles.environment.spec import Environments, of_metadata
+from roles.nccl.probe import DEBS, RPMS, Library, NcclState
+from roles.nccl.spec import AUTO, NcclSpec, environment_of
+from roles.nccl.version import cuda_of, nearest, read, upstream_of_distribution
+
+WHEELS = "nvidia-nccl-cu"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """upstream: NCCL's own version. package: the packages' version; None where none is known to exist."""
+
+    upstream: str
+    package: str | None
+
+
+def package_names(spec: NcclSpec, state: NcclState) -> list[str]:
+    """The packages that must have one version: the library, and the headers if wanted or installed."""
+    library, headers, *more = DEBS if state.manager == "apt" else RPMS
+    names = [library, *([headers] if spec.dev or headers in state.packages else [])]
+    return [*names, *(name for name in more if name in state.packages)]
+
+
+def installed(state: NcclState) -> str | None:
+    """The version of the library's package, or None."""
+    library = (DEBS if state.manager == "apt" else RPMS)[0]
+    versions = [one.version for one in state.packages.get(library, ())]
+    return " and ".join(versions) or None
+
+
+def wheels_in(folders: Iterable[str]) -> dict[str, str]:
+    """Name to version of the nvidia-nccl-cu* distributions among metadata folders."""
+    pairs = [of_metadata(folder) for folder in folders]
+    return {name: version for name, version in pairs if name.startswith(WHEELS)}
+
+
+def archive_folders(spec: NcclSpec, cluster: Cluster) -> tuple[str, ...]:
+    """Metadata folders in the archive of the environment to ask."""
+    one = environment_of(spec, cluster)
+    archive = archive_of(cluster, one) if one else None
+    return archive.distributions if archive else ()
+
+
+def wanted(target: Target[NcclSpec], state: NcclState) -> Wanted | Finding | None:
+    """What the packages must be; a finding where that cannot be said; None while nobody can know.
+
+    The environment role names an environment that is not there or not proved yet; after it this role
+    looks again.
+    """
+    spec = target.spec
+    folders = archive_folders(spec, target.cluster)
+    cuda = cuda_of(state.facts.get("torch", ""), [*state.distributions, *folders])
+    upstream: str | None
+    if spec.version == AUTO:
+        upstream = state.facts.get("nccl")
+        if upstream is None or " and " in upstream:
+            wheels = wheels_in(folders) or wheels_in(state.distributions)
+            upstream = next(iter(wheels.values())) if len(set(wheels.values())) == 1 else None
+        upstream = upstream_of_distribution(upstream or "")
+        if upstream is None:
+            return _undecided(target, state)
+    else:
+        declared = read(spec.version)
+        assert declared is not None  # the spec checked it
+        if declared.revision is not None:
+            return Wanted(declared.upstream, spec.version)
+        upstream = declared.upstream
+    names = package_names(spec, state)
+    package = nearest(upstream, cuda, _candidates(names, state))
+    if package is None and state.offered is None and cuda and cuda[1] is not None:
+        package = f"{upstream}-1+cuda{cuda[0]}.{cuda[1]}"
+    return Wanted(upstream, package)
+
+
+def _candidates(names: list[str], state: NcclState) -> set[str]:
+    """Versions that all these packages have: on offer, or installed already."""
+    here = [{one.version for one in state.packages.get(name, ())} for name in names]
+    found = set.intersection(*here)
+    if state.offered is not None:
+        found |= set.intersection(*(set(state.offered[name]) for name in names))
+    return found
+
+
+def _undecided(target: Target[NcclSpec], state: NcclState) -> Finding | None:
+    one = environment_of(target.spec, target.cluster)
+    name = one.name if one else "the environment"
+    torch = state.facts.get("torch")
+    section = target.cluster.section("environments", Environments)
+    if torch is None and section is not None and section.manage != "unmanaged":
+        return None
+    if torch is not None and " and " in state.facts.get("nccl", ""):
+        return None  # two wheels: named by their own finding, or taken away with the tree
+    return Finding(
+        "nccl-auto",
+        f"the version that torch in {name} was built with",
+        f"torch {torch} has no NCCL: it is a build without CUDA"
+        if torch
+        else "no torch that was proved, and no nvidia-nccl-cu* distribution",
+        "pack the environment with the CUDA build of torch, or write the version under nccl.version",
+        repairable=False,
+    )
+
+
+def drift(target: Target[NcclSpec], state: NcclState, peers: Peers) -> list[Finding]:
+    """Findings: wrong, missing, unheld or damaged packages, another library in the way, two wheels."""
+    return list(_findings(target, state))
+
+
+def _findings(target: Target[NcclSpec], state: NcclState) -> Iterator[Finding]:
+    wheels = wheels_in(archive_folders(target.spec, target.cluster))
+    if len(wheels) > 1:
+        both = " and ".join(f"{name} {version}" for name, version in sorted(wheels.items()))
+        yield Finding(
+            "nccl-two-wheels",
+            "one nvidia-nccl-cu* distribution in the environment",
+            f"{both}: they write the same files, and the last one wins",
+            "make the archive anew with the one that torch requires: uninstall both, then install that one",
+            repairable=False,
+        )
+    want = wanted(target, state)
+    if isinstance(want, Finding):
+        yield want
+    if not isinstance(want, Wanted):
+        return
+    yield from _packages(target.spec, state, want)
+    for stray in strays(state, want):
+        allowed = may_go(target.spec, stray)
+        yield Finding(
+            "nccl-version-mismatch",
+            f"no NCCL but {want.upstream} where the loader looks",
+            f"{stray.version or 'an unknown version'} at {stray.real}{_because(stray)}",
+            "moved to /var/lib/lockstep/removed"
+            if allowed
+            else f"remove it, or list {stray.real} under nccl.remove",
+            repairable=allowed,
+            disturbs=allowed,
+        )
+
+
+def _because(stray: Library) -> str:
+    return "" if stray.place in ("cache", "directory") else f", which {stray.place} leads to"
+
+
+def _packages(spec: NcclSpec, state: NcclState, want: Wanted) -> Iterator[Finding]:
+    names = package_names(spec, state)
+    if want.package is None:
+        on_offer = set().union(*state.offered.values()) if state.offered else set()
+        yield _not_offered(f"{', '.join(names)} {want.upstream}", on_offer, state)
+        return
+    seen = {name: [one.version for one in state.packages.get(name, ())] for name in names}
+    if any(versions != [want.package] for versions in seen.values()):
+        lacking = [
+            name
+            for name in names
+            if state.offered is not None and want.package not in state.offered[name]
+        ]
+        if lacking:
+            assert state.offered is not None
+            versions = state.offered[lacking[0]]
+            yield _not_offered(f"{', '.join(lacking)} {want.package}", versions, state)
+            return
+        some = any(seen.values())
+        yield Finding(
+            "nccl-version-mismatch" if some else "nccl-missing",
+            f"{', '.join(names)} {want.package}",
+            ", ".join(
+                f"{name} {' and '.join(versions) or 'not installed'}"
+                for name, versions in seen.items()
+            )
+            if some
+            else "not installed",
+            "they are installed in one transaction, then pinned and held",
+            disturbs=some,
+        )
+        if state.manager == "rpm" and state.lock_list is None:
+            yield _no_locker()
+        return
+    if state.gone or state.damage:
+        yield Finding(
+            "nccl-damaged",
+            f"the files of {', '.join(names)} as delivered",
+            state.damage or f"{', '.join(state.gone)}: no such file",
+            "the packages are installed again",
+            disturbs=True,
+        )
+    if state.manager == "apt":
+        yield from _apt_fences(names, state, want.package)
+    else:
+        yield from _rpm_fences(names, state, want.package)
+
+
+def _not_offered(what: str, offered: Iterable[str], state: NcclState) -> Finding:
+    listed = ", ".join(sorted(offered)) or "none"
+    tool = "apt" if state.manager == "apt" else "dnf"
+    return Finding(
+        "nccl-not-offered",
+        f"{what} in {tool}'s sources",
+        f"versions on offer: {listed}"
+        if state.offered is not None
+        else "what is on offer is not known",
+        "put these packages into the repository, or write a version that is on offer under nccl.version",
+        repairable=False,
+    )
+
+
+def pin_text(names: Iterable[str], version: str) -> str:
+    """Our preferences file: above 1000, so that apt takes this version even where it is the older one."""
+    return (
+        "# Written by Lockstep; changes are lost.\n"
+        f"Package: {' '.join(names)}\nPin: version {version}\nPin-Priority: 1001\n"
+    )
+
+
+def _apt_fences(names: list[str], state: NcclState, version: str) -> Iterator[Finding]:
+    free = [name for name in names if not all(one.held for one in state.packages[name])]
+    if free:
+        yield Finding(
+            "nccl-unheld",
+            f"{', '.join(free)} held at {version}",
+            "not held: the next upgrade may replace it",
+            "held",
+        )
+    if (state.pin or "").strip() != pin_text(names, version).strip():
+        yield Finding(
+            "nccl-pin",
+            f"apt prefers {version}",
+            "no such preference" if state.pin is None else "another preference",
+            "the preferences file is written",
+        )
+
+
+def lock_line(name: str, version: str) -> str:
+    """One line of dnf's lock list, as its ``versionlock add`` writes it."""
+    return f"{name}-0:{version}.*"
+
+
+def locks_right(names: list[str], state: NcclState, version: str) -> bool:
+    """Whether exactly these versions are locked; yum writes the epoch before the name."""
+    right = {
+        name: {lock_line(name, version), f"0:{name}-{version}.*", f"{name}-{version}.*"}
+        for name in names
+    }
+    each = all(any(line in forms for line in state.locks) for forms in right.values())
+    return each and all(any(line in forms for forms in right.values()) for line in state.locks)
+
+
+def _rpm_fences(names: list[str], state: NcclState, version: str) -> Iterator[Finding]:
+    if state.lock_list is None:
+        yield _no_locker()
+    elif not locks_right(names, state, version):
+        yield Finding(
+            "nccl-unheld",
+            f"{', '.join(names)} locked at {version}",
+            f"locked: {', '.join(state.locks)}" if state.locks else "not locked",
+            "the lock list is written",
+        )
+
+
+def _no_locker() -> Finding:
+    return Finding(
+        "nccl-no-lock",
+        "dnf's plug-in versionlock, switched on",
+        "no such plug-in: the next upgrade may replace NCCL",
+        "install python3-dnf-plugin-versionlock (yum-plugin-versionlock on release 7) and leave it enabled",
+        repairable=False,
+    )
+
+
+def strays(state: NcclState, want: Wanted) -> list[Library]:
+    """Libraries of another version that the loader finds and that no package of ours owns, each once."""
+    found: dict[str, Library] = {}
+    for one in state.libraries:
+        if one.real not in state.owned and one.version != want.upstream:
+            known = found.get(one.real)
+            if known is None or known.place in ("cache", "directory"):
+                found[one.real] = one
+    return list(found.values())
+
+
+def may_go(spec: NcclSpec, stray: Library) -> bool:
+    """Whether the spec allows to take it out of the way."""
+    return any(
+        PurePosixPath(path).is_relative_to(allowed)
+        for path in (stray.real, stray.path)
+        for allowed in spec.remove
+    )
+
+
+def remarks(
+    target: Target[NcclSpec], state: NcclState, peers: Peers, dry: bool
+) -> Iterator[tuple[str, str | None]]:
+    """Copies of the right version that stay: they do no harm until one of them changes."""
+    want = wanted(target, state)
+    if not isinstance(want, Wanted):
+        return
+    reals = {one.real: None for one in state.libraries}
+    wrong = {one.real for one in strays(state, want)}
+    for real in reals:
+        if real not in state.owned and real not in wrong:
+            yield f"a second NCCL {want.upstream} lies at {real} and stays", None

@@ -1,0 +1,95 @@
+"""Installs the pins, each alone: nothing is resolved, and torch stays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import PurePosixPath
+
+from roles.core.role import Finding, Peers, Target
+from roles.core.steps import Shell, Step, quote
+from roles.environment.converge import ASIDE, LOGIN, alone
+from roles.environment.converge import proof as environment_proof
+from roles.environment.parcel import deliver, place_of
+from roles.environment.prove import STAMP
+from roles.environment.spec import Declared, Environments
+from roles.pins.drift import Wrong, wrongs
+from roles.pins.probe import PinsState, Site, pinned
+from roles.pins.wheels import pip_wheel
+
+INSTALL_SECONDS = 900
+
+
+def converge(
+    target: Target[Environments], state: PinsState, peers: Peers, findings: Sequence[Finding]
+) -> Iterator[Step]:
+    """The wheels first, then one pip an environment."""
+    for one in pinned(target.spec):
+        found = [
+            wrong
+            for wrong in wrongs(target, state, one)
+            if wrong.finding in findings and wrong.finding.repairable
+        ]
+        if not found:
+            continue
+        site = state.environments.get(one.name, Site("", frozenset()))
+        if not site.path:
+            yield Shell(f"echo {quote(f'there is no environment at {one.prefix}')} >&2; exit 1")
+            return
+        places = []
+        for parcel in [
+            pip_wheel(site.python),
+            *(wheel for wrong in found for wheel in wrong.wheels),
+        ]:
+            yield from deliver(parcel, target, state.parcels, peers)
+            places.append(place_of(parcel, target, state.parcels, peers))
+        folders = [str(PurePosixPath(place).parent) for place in places[1:]]
+        command = install(one, site.path, found, places[0], folders)
+        yield Shell(alone(command, INSTALL_SECONDS // 2), INSTALL_SECONDS)
+
+
+def install(
+    one: Declared, site: str, found: Sequence[Wrong], pip: str, folders: Sequence[str]
+) -> str:
+    """Shell: take stray metadata away, install exactly these versions and nothing else.
+
+    Meanwhile the environment has no stamp: names of metadata folders do not show that pip was cut
+    off, so a whole one is then unpacked. A pip that gives up by itself has put back what was there.
+
+    pip: the wheel that it runs from. folders: where the pins' wheels lie; empty for an index.
+    """
+    twice = any(wrong.twice for wrong in found)
+    # pip takes out only what has a record of its files, and cannot tell two records apart.
+    unclear = _folders(site, [wrong for wrong in found if wrong.twice])
+    before = f"rm -rf -- {unclear}\n" if unclear else ""
+    replaced = _folders(site, found)
+    before += (
+        f'for d in {replaced}; do [ -f "$d/RECORD" ] || rm -rf "$d"; done\n' if replaced else ""
+    )
+    after = f"rm -rf -- {replaced}\n" if replaced else ""
+    # The node's own pip settings may name a proxy for the index; offline they could only mislead.
+    source = (
+        " ".join(["--no-index", *(f"--find-links {quote(folder)}" for folder in folders)])
+        if folders
+        else f"--index-url {quote(one.spec.index or '')}"
+    )
+    settings = "PIP_CONFIG_FILE=/dev/null " if folders else ""
+    wanted = " ".join(quote(f"{wrong.name}=={wrong.version}") for wrong in found)
+    return (
+        f'umask 022\ncd /\nP={quote(one.prefix)}\nmv -f "$P"/{STAMP} "$P"/{ASIDE}\nsync "$P"\n'
+        f"{before}c=0\n"
+        f"{LOGIN} {settings}PIP_ROOT_USER_ACTION=ignore {quote(one.prefix)}/bin/python {quote(pip)}/pip "
+        "--disable-pip-version-check --no-input --no-cache-dir install --quiet --no-deps "
+        f"{'--force-reinstall ' if twice else ''}{source} {wanted} || c=$?\n"
+        f'if [ "$c" = 0 ]; then :\n{after}fi\n'
+        f'if [ "$c" -lt 128 ]; then sync -f "$P"; mv -f "$P"/{ASIDE} "$P"/{STAMP}; fi\nexit "$c"\n'
+    )
+
+
+def _folders(site: str, found: Sequence[Wrong]) -> str:
+    """The metadata folders that must go, as words of the shell."""
+    return " ".join(quote(f"{site}/{folder}") for wrong in found for folder in wrong.folders)
+
+
+def proof(target: Target[Environments]) -> str:
+    """Prove the environments again, where a pin changed them."""
+    return environment_proof(target, stale_only=True)

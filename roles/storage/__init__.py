@@ -1,0 +1,24 @@
+"""storage: one directory that every node sees under the same path, and the proof that it is one."""
+
+from roles.core.role import Fact, Role
+from roles.storage.converge import converge
+from roles.storage.drift import drift
+from roles.storage.probe import StorageState, parse, probe
+from roles.storage.proof import proof
+from roles.storage.spec import StorageSpec, depot, shared_path
+
+__all__ = ["depot", "role", "shared_path"]
+
+role: Role[StorageSpec, StorageState] = Role(
+    name="storage",
+    spec=StorageSpec,
+    default=None,
+    probe=probe,
+    parse=parse,
+    drift=drift,
+    converge=converge,
+    facts=(Fact("shared storage", "equal", lambda state: state.mark.id if state.mark else None),),
+    head_first=True,
+    proof=proof,
+    crossing=True,
+)

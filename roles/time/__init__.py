@@ -1,0 +1,26 @@
+"""time: chrony keeps one clock for all nodes; the head's, which may follow time servers."""
+
+from roles.core.role import Fact, Role
+from roles.time.converge import converge
+from roles.time.drift import clock, drift, remarks
+from roles.time.probe import TimeState, parse, probe
+from roles.time.proof import proof
+from roles.time.spec import TimeSpec
+
+__all__ = ["TimeSpec", "TimeState", "role"]
+
+role: Role[TimeSpec, TimeState] = Role(
+    name="time",
+    spec=TimeSpec,
+    default=None,
+    probe=probe,
+    parse=parse,
+    drift=drift,
+    converge=converge,
+    needs=("packages",),
+    facts=(Fact("clock", "equal", clock),),
+    head_first=True,
+    proof=proof,
+    crossing=True,
+    remarks=remarks,
+)
