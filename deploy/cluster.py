@@ -1,0 +1,43 @@
+"""Converges every node, then starts the job that the cluster file names.
+
+pyinfra inventory.py deploy/cluster.py [-y] [--dry] [--limit NODE] [--data job=PATH] [--data retry=true]
+"""
+
+from roles import (
+    archives,
+    compiler,
+    driver,
+    environment,
+    fabric,
+    hosts,
+    job,
+    limits,
+    nccl,
+    network,
+    packages,
+    pdsh,
+    pins,
+    ssh,
+    storage,
+    time,
+    trainer,
+)
+from roles.converge import converge
+
+converge(hosts.role)
+converge(packages.role)
+converge(ssh.role)
+converge(time.role)
+converge(compiler.role)
+converge(driver.role)
+converge(fabric.role)
+converge(network.role)
+converge(limits.role)
+converge(storage.role)
+converge(pdsh.role)
+converge(archives.role)
+converge(environment.role)
+converge(pins.role)
+converge(nccl.role)
+converge(trainer.role)
+converge(job.role)

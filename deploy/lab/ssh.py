@@ -1,0 +1,115 @@
+"""Keys, pinned host keys and logins of the lab: who may enter which node, and when a node answers."""
+
+from __future__ import annotations
+
+import secrets
+import socket
+import subprocess
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from deploy.lab.commands import environment, run
+from deploy.lab.files import make_directory, write_whole
+from deploy.lab.state import Paths
+
+
+def make_key(path: Path, comment: str) -> str:
+    """An ed25519 key pair at ``path`` (0600) unless it is there; returns the public key's line."""
+    public = path.with_name(f"{path.name}.pub")
+    if not (path.is_file() and public.is_file()):
+        for stale in (path, public):
+            stale.unlink(missing_ok=True)
+        run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", comment, "-f", str(path)])
+    path.chmod(0o600)
+    return public.read_text().strip()
+
+
+def ensure_control_key(paths: Paths) -> str:
+    """The key that enters every node; returns its public line."""
+    make_directory(paths.ssh, 0o700)
+    return make_key(paths.key, "lockstep lab")
+
+
+def ensure_password(path: Path) -> str:
+    """A random password in a file of mode 0600, kept when there is one."""
+    if path.is_file() and (found := path.read_text().strip()):
+        path.chmod(0o600)
+        return found
+    password = secrets.token_urlsafe(18)
+    write_whole(path, f"{password}\n", 0o600)
+    return password
+
+
+def password_hash(password: str) -> str:
+    """The password as /etc/shadow holds it; it reaches openssl on standard input, never in argv."""
+    return run(["openssl", "passwd", "-6", "-stdin"], text=f"{password}\n").strip()
+
+
+def merge_known_hosts(text: str, new: Mapping[str, str], live: Iterable[str]) -> str:
+    """known_hosts with the new nodes' keys (address → public key line) and nothing of vanished ones.
+
+    A line of a node that is not new stays as it is: its key may have been changed and accepted since.
+    """
+    keep = set(live) - set(new)
+    lines = [line for line in text.splitlines() if line.split(" ", 1)[0] in keep]
+    lines += [f"{address} {' '.join(key.split()[:2])}" for address, key in new.items()]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def login(paths: Paths, user: str, address: str) -> list[str]:
+    """ssh argv that enters a node without ever asking."""
+    options = {
+        "BatchMode": "yes",
+        "ConnectTimeout": "3",
+        "IdentitiesOnly": "yes",
+        "StrictHostKeyChecking": "yes",
+        "UserKnownHostsFile": str(paths.known_hosts),
+        "GlobalKnownHostsFile": "/dev/null",
+        "LogLevel": "ERROR",
+    }
+    argv = ["ssh", "-F", "/dev/null", "-i", str(paths.key)]
+    for name, value in options.items():
+        argv += ["-o", f"{name}={value}"]
+    return [*argv, f"{user}@{address}"]
+
+
+def listens(address: str, seconds: float = 0.5) -> bool:
+    """Whether something accepts connections on the node's port 22."""
+    try:
+        with socket.create_connection((address, 22), timeout=seconds):
+            return True
+    except OSError:
+        return False
+
+
+def wait_for_login(paths: Paths, user: str, address: str, seconds: float) -> tuple[str, str]:
+    """Wait for a login; returns the boot id and what ``systemctl is-system-running`` says.
+
+    Raises TimeoutError with the last thing that ssh said.
+    """
+    until = time.monotonic() + seconds
+    said = "no answer on port 22"
+    while time.monotonic() < until:
+        if listens(address):
+            try:
+                done = subprocess.run(
+                    [
+                        *login(paths, user, address),
+                        "cat /proc/sys/kernel/random/boot_id; systemctl is-system-running --wait",
+                    ],
+                    stdin=subprocess.DEVNULL,
+                    capture_output=True,
+                    text=True,
+                    timeout=max(5.0, until - time.monotonic()),
+                    env=environment(),
+                )
+            except subprocess.TimeoutExpired:
+                said = "ssh answered, but the node did not finish booting"
+                continue
+            words = done.stdout.split()
+            if len(words) == 2:
+                return words[0], words[1]
+            said = (done.stderr.strip().splitlines() or [said])[-1]
+        time.sleep(0.1)
+    raise TimeoutError(said)

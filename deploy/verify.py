@@ -1,0 +1,81 @@
+"""``lockstep verify``: the report as a table or as JSON, and the exit code that goes with it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+
+from roles.verify import EXIT_CODES, Report
+
+
+def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the sub-command."""
+    parser = commands.add_parser(
+        "verify",
+        help="are the nodes what the file says, and identical?",
+        description="Exit code 0: as declared and identical; 1: drift; 2: something could not be looked at.",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print the report as JSON on standard output"
+    )
+    parser.set_defaults(handler=_handle)
+
+
+def _handle(arguments: argparse.Namespace) -> int:
+    report = verify()
+    print(json.dumps(report.as_json(), indent=2) if arguments.json else table(report))
+    return EXIT_CODES[report.verdict]
+
+
+def verify() -> Report:
+    """Look at every node of the declared cluster, all at the same time."""
+    from deploy.reach import reach
+    from roles.registry import declared
+    from roles.verify import check_node, compare
+
+    with reach(declared()) as reached:
+        looks = reached.run.looks
+        found = reached.each(lambda node: check_node(looks, node))
+        return Report(
+            [wrong for wrongs in found.values() for wrong in wrongs], compare(looks, reached.nodes)
+        )
+
+
+def table(report: Report) -> str:
+    """The report for a person: what is wrong, then what was compared, then one line of verdict."""
+    parts = []
+    if report.findings:
+        rows = [(w.node, w.role, w.id, w.want, w.seen, w.fix) for w in report.findings]
+        parts.append(columns(("NODE", "ROLE", "FINDING", "WANT", "SEEN", "FIX"), rows))
+    if report.identity:
+        names = list(dict.fromkeys(name for row in report.identity for name in row.values))
+        facts = [
+            (
+                row.fact,
+                *(row.values.get(name, "-") for name in names),
+                row.rule,
+                "ok" if row.ok else "NOT OK",
+            )
+            for row in report.identity
+        ]
+        parts.append(columns(("FACT", *names, "RULE", ""), facts))
+    wrong = len(report.findings) + sum(not row.ok for row in report.identity)
+    sentence = {
+        "ok": "ok: every node is as declared, and they are identical",
+        "drift": f"drift: {wrong} to mend; run pyinfra inventory.py deploy/cluster.py",
+        "unreadable": "unreadable: not every node could be looked at",
+    }[report.verdict]
+    return "\n\n".join([*parts, sentence])
+
+
+def columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Aligned columns, cells of at most 60 characters."""
+    cells = [
+        [cell if len(cell) <= 60 else f"{cell[:59]}…" for cell in row] for row in [head, *rows]
+    ]
+    widths = [max(len(row[index]) for row in cells) for index in range(len(head))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in cells
+    )
