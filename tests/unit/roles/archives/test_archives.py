@@ -1,0 +1,82 @@
+"""The archives role: what a node needs is on the shared storage, copied there once by the head."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from inventory.base import Spec
+from inventory.cluster import Cluster, Node
+from roles.archives import ArchivesState, converge, drift, parse, probe
+from roles.core.role import Target, Unreadable
+from roles.core.steps import Upload
+from roles.environment.archive import Archive, ArchiveProblem
+from roles.environment.spec import Environments
+from roles.storage.spec import StorageSpec
+
+ARCHIVE = Archive("ab" * 32, 1000, 5000, "tar.zst", "", "3.11", "bin/python3", None)
+PLACE = f"/shared/.lockstep/archives/{ARCHIVE.file_name}"
+NODES = {f"node{n}": Node(name=f"node{n}", address=f"10.0.0.{n}") for n in (1, 2, 3)}
+HAVE = ArchivesState({"llm": ARCHIVE.sha256}, frozenset())
+LACK = ArchivesState({}, frozenset())
+OLD = ArchivesState({"llm": "00"}, frozenset())
+
+
+@pytest.fixture(autouse=True)
+def known_archive(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["roles.environment.probe"], "describe", lambda path: ARCHIVE)
+
+
+def target(name: str = "node1", shared: bool = True) -> Target[Environments]:
+    section = Environments.model_validate({"llm": {"archive": "/archives/llm.tar.zst"}})
+    sections: dict[str, Spec] = {"environments": section} | (
+        {"storage": StorageSpec(kind="existing", path="/shared")} if shared else {}
+    )
+    cluster = Cluster("lab", Path("lab.yaml"), NODES, sections=sections)
+    return Target(cluster, NODES[name], section)
+
+
+def test_the_head_publishes_what_some_node_needs_and_names_those_nodes() -> None:
+    (finding,) = drift(target(), HAVE, {"node2": OLD, "node3": LACK})
+    assert finding.id == "archive-unpublished" and "for node2, node3" in finding.want
+    steps = list(converge(target(), HAVE, {"node2": OLD}, [finding]))
+    assert steps == [Upload(Path("/archives/llm.tar.zst"), PLACE, ARCHIVE.sha256)]
+
+
+def test_nothing_is_published_that_nobody_needs_or_that_lies_there() -> None:
+    assert drift(target(), HAVE, {"node2": HAVE}) == []
+    assert drift(target(), ArchivesState({}, frozenset({PLACE})), {"node2": LACK}) == []
+
+
+def test_a_node_that_cannot_be_read_asks_for_nothing() -> None:
+    assert drift(target(), HAVE, {}) == []
+
+
+def test_the_other_nodes_and_clusters_without_shared_storage_publish_nothing() -> None:
+    assert drift(target("node2"), LACK, {"node1": LACK}) == []
+    assert drift(target(shared=False), LACK, {}) == []
+
+
+def test_an_unusable_archive_is_left_to_the_environment_role(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def describe(path: Path) -> Archive:
+        raise ArchiveProblem("no")
+
+    monkeypatch.setattr(sys.modules["roles.environment.probe"], "describe", describe)
+    assert drift(target(), LACK, {}) == []
+    assert "parcel" not in probe(target())
+
+
+def test_what_the_probe_prints_is_read() -> None:
+    text = f'stamp llm {{"archive": "{ARCHIVE.sha256}"}}\nstamp other no json\nparcel {PLACE}\nend'
+    expected = ArchivesState({"llm": ARCHIVE.sha256, "other": ""}, frozenset({PLACE}))
+    assert parse(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "stamp llm {}", "what\nend"])
+def test_garbage_is_unreadable(text: str) -> None:
+    with pytest.raises(Unreadable):
+        parse(text)

@@ -1,0 +1,303 @@
+"""Compilers: every login finds one that will do, and whatever else it finds is named."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from inventory.cluster import Cluster, Node
+from roles.compiler import CompilerSpec, CompilerState, role
+from roles.compiler.choose import Choice, choose, headers_package
+from roles.compiler.converge import proof, wrapper
+from roles.compiler.probe import MARK, NAMES, Tool, parse, probe
+from roles.core.role import Finding, Target, Unreadable
+from roles.core.steps import Shell
+from roles.packages import PackagesSpec
+
+RECORDED = Path(__file__).parent / "recorded"
+NODE = Node(name="node1", address="10.77.0.11")
+
+
+def target(**declared: Any) -> Target[CompilerSpec]:
+    sections = {"packages": PackagesSpec(local="/srv/lockstep/packages")}
+    cluster = Cluster("lab", Path("lab.yaml"), {"node1": NODE}, sections=sections)
+    return Target(cluster, NODE, CompilerSpec(**declared))
+
+
+def recorded(name: str) -> CompilerState:
+    return parse((RECORDED / f"{name}.txt").read_text().rstrip("\n"))
+
+
+RIGHT = recorded("bookworm-converged")
+
+
+def found(state: CompilerState, **declared: Any) -> list[Finding]:
+    return role.drift(target(**declared), state, {})
+
+
+def ids(state: CompilerState, **declared: Any) -> list[str]:
+    return [finding.id for finding in found(state, **declared)]
+
+
+def steps(state: CompilerState, **declared: Any) -> list[str]:
+    todo = [finding for finding in found(state, **declared) if finding.repairable]
+    done = list(role.converge(target(**declared), state, {}, todo))
+    assert all(isinstance(step, Shell) for step in done)
+    return [step.command for step in done if isinstance(step, Shell)]
+
+
+def with_tool(state: CompilerState, name: str, tool: Tool) -> CompilerState:
+    return replace(state, tools={**state.tools, name: tool})
+
+
+def test_a_right_node_has_no_findings_and_no_steps() -> None:
+    assert ids(RIGHT) == [] and steps(RIGHT) == []
+    assert role.facts[0].read(RIGHT) == "12.2.0"
+
+
+def test_a_bare_node_gets_all_packages_in_one_transaction() -> None:
+    state = recorded("bookworm-bare")
+    assert ids(state) == ["gcc-too-old", "ninja-missing", "python-headers"]
+    install, wrappers, _ = steps(state)
+    assert install.splitlines()[-1].endswith("-- gcc g++ ninja-build python3.11-dev")
+    assert wrappers == ":"
+
+
+def test_what_is_not_wanted_is_not_missed() -> None:
+    state = recorded("bookworm-bare")
+    assert ids(state, ninja=False, python_headers=False) == ["gcc-too-old"]
+
+
+def test_a_c_compiler_without_a_cplusplus_one_will_not_do() -> None:
+    state = replace(RIGHT, tools={name: RIGHT.tools[name] for name in ("gcc", "cc")})
+    (finding,) = found(state)
+    assert finding.seen == "g++: none, c++: none"
+
+
+def test_enterprise_linux_8_gets_the_nearest_toolset_for_every_login() -> None:
+    state = recorded("el8")
+    assert ids(state) == ["gcc-too-old", "ninja-missing", "python-headers"]
+    install, wrappers, ninja = steps(state)
+    assert "install gcc-toolset-9-gcc gcc-toolset-9-gcc-c++ ninja-build python3-devel" in install
+    assert "apt-get" not in install
+    assert all(f"/usr/local/bin/{name} " in wrappers for name in NAMES)
+    assert "/usr/local/bin/ninja" in ninja
+
+
+def test_enterprise_linux_7_takes_a_devtoolset_that_is_installed() -> None:
+    state = recorded("el7")
+    assert ids(state) == ["gcc-too-old"]
+    (wrappers,) = steps(state)
+    assert "/usr/local/bin/c++" in wrappers
+    choice = choose(CompilerSpec(), state)
+    assert choice == Choice(
+        (),
+        "/opt/rh/devtoolset-11/root/usr/bin/gcc",
+        "/opt/rh/devtoolset-11/root/usr/bin/g++",
+        "/opt/rh/devtoolset-11/root/usr/bin",
+    )
+    bare = choose(CompilerSpec(), replace(state, candidates=()))
+    assert bare is not None and bare.packages == ("devtoolset-9-gcc", "devtoolset-9-gcc-c++")
+
+
+@pytest.mark.parametrize(
+    ("os_name", "least", "most", "packages"),
+    [
+        ("ubuntu 18.04", 8, None, ("gcc-8", "g++-8")),
+        ("ubuntu 20.04", 9, None, ("gcc", "g++")),
+        ("ubuntu 24.04", 9, 12, ("gcc-12", "g++-12")),
+        ("debian 12", 9, 11, ("gcc-11", "g++-11")),
+        ("debian 10", 9, None, None),
+        ("linuxmint 21", 9, None, ("gcc", "g++")),
+    ],
+)
+def test_debian_and_ubuntu_offer_other_versions_beside_their_own(
+    os_name: str, least: int, most: int | None, packages: tuple[str, ...] | None
+) -> None:
+    state = replace(recorded("bookworm-bare"), os=os_name)
+    choice = choose(CompilerSpec(gcc=least, most=most), state)
+    assert (choice.packages if choice else None) == packages
+    if packages is None:
+        finding = found(state)[0]
+        assert not finding.repairable and os_name in finding.fix
+
+
+def test_a_compiler_too_young_for_nvcc_is_replaced_and_stays_installed() -> None:
+    state = replace(RIGHT, candidates=("11", "12"))
+    (finding,) = found(state, most=11)
+    assert finding.id == "gcc-too-old" and "gcc 9 to 11" in finding.want
+    (wrappers,) = steps(state, most=11)
+    assert wrappers.count("/usr/local/bin/") >= 4
+
+
+def test_lockstep_takes_its_wrapper_away_when_the_systems_own_will_do() -> None:
+    state = with_tool(RIGHT, "c++", Tool("/usr/local/bin/c++", "11.3.0", True))
+    assert ids(state, gcc=11) == []
+    assert ids(state, gcc=12) == ["gcc-too-old"]
+    assert steps(state, gcc=12)[-1] == "rm -f /usr/local/bin/c++"
+
+
+@pytest.mark.parametrize("path", ["/usr/local/bin/gcc", "/opt/conda/bin/gcc"])
+def test_a_strange_compiler_is_named_and_never_overwritten(path: str) -> None:
+    state = with_tool(RIGHT, "gcc", Tool(path, "7.3.0", False))
+    (finding,) = found(state)
+    assert finding.id == "compiler-shadowed" and path in finding.fix and not finding.repairable
+    assert steps(state) == []
+    assert ids(with_tool(RIGHT, "gcc", Tool(path, "13.1.0", False))) == []
+
+
+def test_a_compiler_that_does_not_run_will_not_do() -> None:
+    (finding,) = found(with_tool(RIGHT, "cc", Tool("/usr/bin/cc", "", False)))
+    assert finding.seen == "cc: does not run"
+
+
+@pytest.mark.parametrize(
+    ("os_name", "manager", "python", "package"),
+    [
+        ("debian 12", "apt", "3.11", "python3.11-dev"),
+        ("rocky 8.9", "rpm", "3.6", "python3-devel"),
+        ("rocky 8.9", "rpm", "3.9", "python39-devel"),
+        ("rocky 8.9", "rpm", "3.11", "python3.11-devel"),
+        ("almalinux 9.3", "rpm", "3.9", "python3-devel"),
+        ("fedora 40", "rpm", "3.12", "python3-devel"),
+    ],
+)
+def test_the_headers_belong_to_the_systems_python(
+    os_name: str, manager: Any, python: str, package: str
+) -> None:
+    assert headers_package(replace(RIGHT, os=os_name, manager=manager, python=python)) == package
+
+
+def test_a_node_without_python3_is_for_the_user() -> None:
+    (finding,) = found(replace(RIGHT, python=None, headers=False))
+    assert finding.id == "python-headers" and not finding.repairable
+
+
+def test_a_wrapper_runs_the_toolset_with_its_own_assembler_first(tmp_path: Path) -> None:
+    folder = tmp_path / "opt"
+    folder.mkdir()
+    for name in ("g++", "as"):
+        (folder / name).write_text("#!/bin/sh\necho toolset\n")
+        (folder / name).chmod(0o755)
+    (folder / "g++").write_text('#!/bin/sh\nas; printf "<%s>" "$@"\n')
+    text = wrapper(Choice((), f"{folder}/gcc", f"{folder}/g++", str(folder)), "c++")
+    (tmp_path / "c++").write_text(text)
+    done = subprocess.run(
+        ["sh", str(tmp_path / "c++"), "a b", "$x"], capture_output=True, text=True
+    )
+    assert done.stdout == "toolset\n<a b><$x>"
+    assert text.splitlines()[1] == MARK
+
+
+def run_probe(tmp_path: Path, path: str, **environ: str) -> CompilerState:
+    done = subprocess.run(
+        ["/bin/sh", "-c", probe(target())],
+        env={"PATH": path, **environ},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return parse(done.stdout.strip("\n"))
+
+
+def test_the_probe_asks_what_the_path_of_the_login_leads_to(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder, version in ((first, "7.5.0"), (second, "11.4.0")):
+        folder.mkdir()
+        for name in ("gcc", "c++"):
+            (folder / name).write_text(f"#!/bin/sh\necho {version}\n")
+            (folder / name).chmod(0o755)
+    (first / "gcc").chmod(0o644)  # not to be run: the next folder counts
+    state = run_probe(tmp_path, f"{first}:{second}:/usr/bin:/bin")
+    assert state.tools["gcc"] == Tool(f"{second}/gcc", "11.4.0", False)
+    assert state.tools["c++"] == Tool(f"{first}/c++", "7.5.0", False)
+
+
+def test_under_sudo_the_path_that_sudo_was_started_with_counts(tmp_path: Path) -> None:
+    sudo = tmp_path / "sudo"
+    sudo.symlink_to("/bin/dash" if Path("/bin/dash").exists() else "/bin/bash")
+    script = tmp_path / "probe"
+    script.write_text(probe(target()))
+    done = subprocess.run(  # a process called sudo, which gives its command another PATH
+        [str(sudo), "-c", f"env PATH=/usr/bin:/bin SUDO_COMMAND=x sh {script}; true"],
+        env={"PATH": "/opt/login/bin:/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stderr == ""
+    assert parse(done.stdout.strip("\n")).path == "/opt/login/bin:/usr/bin:/bin"
+
+
+@pytest.mark.parametrize("name", ["bookworm-bare", "bookworm-converged", "el7", "el8"])
+def test_a_truncated_answer_is_never_fine(name: str) -> None:
+    text = (RECORDED / f"{name}.txt").read_text().rstrip("\n")
+    for length in range(len(text)):
+        with pytest.raises((Unreadable, ValueError, KeyError)):
+            parse(text[:length])
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("manager\tapt", "manager\tzypper"),
+        ("12.2.0", "zwölf"),
+        ("headers\tyes", "headers\t是"),
+        ("candidate\t12", "candidate\tneu"),
+        ("python\t3.11", "python\t3"),
+        ("ninja\t/usr/bin/ninja", "ninja\t未找到"),
+        ("tool\tgcc", "outil\tgcc"),
+    ],
+)
+def test_what_is_not_understood_is_unreadable(old: str, new: str) -> None:
+    text = (RECORDED / "bookworm-converged.txt").read_text().rstrip("\n")
+    assert old in text
+    with pytest.raises((Unreadable, ValueError, KeyError)):
+        parse(text.replace(old, new, 1))
+
+
+def proved(tmp_path: Path, body: str) -> str:
+    compiler = tmp_path / "c++"
+    compiler.write_text(f"#!/bin/sh\ncat >{tmp_path}/source\n{body}\n")
+    compiler.chmod(0o755)
+    script = proof(target()).replace("PATH=/usr/local/bin", f"PATH={tmp_path}:/usr/local/bin")
+    return subprocess.run(
+        ["sh", "-c", script], env=dict(os.environ), capture_output=True, text=True, check=True
+    ).stdout
+
+
+def test_the_proof_tells_the_line_that_names_the_cause(tmp_path: Path) -> None:
+    said = proved(
+        tmp_path, "echo In file; echo 'x.c:1: fatal error: vector: No such file' >&2; exit 1"
+    )
+    assert said.startswith("compiler-broken\t") and "fatal error: vector" in said
+    assert proved(tmp_path, "exit 0") == ""
+    assert "#include <Python.h>\nint main()" in (tmp_path / "source").read_text()
+
+
+def test_a_range_without_a_version_is_refused() -> None:
+    assert [path for path, _ in CompilerSpec(gcc=12, most=11).problems(target().cluster)] == [
+        "most"
+    ]
+    with pytest.raises(ValidationError):
+        CompilerSpec(gcc=4)
+
+
+def test_every_finding_has_its_entry_in_the_symptoms_and_every_fault_its_finding() -> None:
+    root = Path(__file__).parents[4]
+    known = {
+        entry["id"] for entry in yaml.safe_load((root / "roles/compiler/symptoms.yaml").read_text())
+    }
+    source = "".join(
+        (root / f"roles/compiler/{name}.py").read_text() for name in ("drift", "converge")
+    )
+    assert all(key in source for key in known)
+    faults = yaml.safe_load((root / "tests/lab/faults/compiler.yaml").read_text())
+    assert {fault["id"] for fault in faults} <= known and len(faults) >= 3

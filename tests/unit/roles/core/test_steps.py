@@ -1,0 +1,53 @@
+"""Files are written whole, backed up once, and blocks never touch what is outside them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from roles.core.steps import block_lines, managed_block, write_file
+
+
+def sh(command: str) -> None:
+    subprocess.run(["sh", "-ec", command], check=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="files are given to root")
+def test_a_written_file_has_exactly_the_text_and_mode_and_the_first_version_is_kept(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "it's here" / "file"
+    path.parent.mkdir()
+    path.write_text("by hand\n")
+    sh(write_file(str(path), "one 'two' $three\n", mode="0640"))
+    sh(write_file(str(path), "second\n", mode="0640"))
+    assert path.read_text() == "second\n"
+    assert path.stat().st_mode & 0o777 == 0o640
+    assert Path(f"{path}.before-lockstep").read_text() == "by hand\n"
+    assert sorted(each.name for each in path.parent.iterdir()) == ["file", "file.before-lockstep"]
+
+
+def test_a_block_is_added_at_the_end_and_replaced_in_place() -> None:
+    first = managed_block("a\n", "hosts", ["x"])
+    assert first == "a\n# lockstep hosts: begin\nx\n# lockstep hosts: end\n"
+    assert managed_block(first + "b\n", "hosts", ["y", "z"]) == (
+        "a\n# lockstep hosts: begin\ny\nz\n# lockstep hosts: end\nb\n"
+    )
+
+
+def test_an_empty_block_is_taken_out() -> None:
+    assert managed_block(managed_block("a\n", "hosts", ["x"]) + "b\n", "hosts", []) == "a\nb\n"
+
+
+def test_a_begin_without_an_end_loses_only_the_mark() -> None:
+    assert managed_block("a\n# lockstep hosts: begin\nb\n", "hosts", ["x"]) == (
+        "a\nb\n# lockstep hosts: begin\nx\n# lockstep hosts: end\n"
+    )
+
+
+def test_block_lines_are_none_without_a_whole_block() -> None:
+    assert block_lines("# lockstep hosts: begin\nx\n", "hosts") is None
+    assert block_lines(managed_block("", "hosts", ["x", "y"]), "hosts") == ["x", "y"]

@@ -1,0 +1,502 @@
+"""The role's real shell on a real venv, below a temporary folder: from bare to right, and every kind of damage."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from inventory.base import Spec
+from inventory.cluster import Cluster, Node
+from roles import environment, pins, trainer
+from roles.core.role import Finding, Role, Target
+from roles.core.steps import Shell, Upload
+from roles.environment.spec import Environments
+from roles.trainer.spec import TrainerSpec
+
+OLD = "/home/liu/anaconda3/envs/llm"
+
+
+def shell(script: str, kill_at: Path | None = None) -> str:
+    if kill_at:
+        process = subprocess.Popen(["sh", "-c", script], start_new_session=True)
+        while not kill_at.exists():
+            assert process.poll() is None
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        raise AssertionError("cut off")
+    done = subprocess.run(
+        ["sh", "-c", script], capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120
+    )
+    if done.returncode:
+        raise AssertionError(done.stderr.strip().splitlines()[-1])
+    return done.stdout.rstrip("\n")
+
+
+@dataclass
+class Machine:
+    """This machine as the only node of a cluster, with everything below ``root``."""
+
+    root: Path
+    entry: dict[str, Any]
+
+    @property
+    def prefix(self) -> Path:
+        return self.root / "envs" / "llm"
+
+    @property
+    def site(self) -> Path:
+        return next(self.prefix.glob("lib/python3*/site-packages"))
+
+    def target(self, role: Role[Any, Any]) -> Target[Any]:
+        section = Environments.model_validate({"llm": self.entry})
+        sections: dict[str, Spec] = {"environments": section, "trainer": TrainerSpec()}
+        nodes = {"node1": Node(name="node1", address="10.0.0.1")}
+        cluster = Cluster("lab", self.root / "lab.yaml", nodes, sections=sections)
+        return Target(cluster, nodes["node1"], sections[role.key])
+
+    def findings(self, role: Role[Any, Any] = environment.role) -> list[Finding]:
+        target = self.target(role)
+        return role.drift(target, role.parse(shell(role.probe(target))), {})
+
+    def ids(self, role: Role[Any, Any] = environment.role) -> list[str]:
+        return [finding.id for finding in self.findings(role)]
+
+    def converge(self, role: Role[Any, Any] = environment.role, kill_at: Path | None = None) -> str:
+        """One convergence; what its proof says. kill_at: the file at whose sight all is killed."""
+        target = self.target(role)
+        state = role.parse(shell(role.probe(target)))
+        now = [found for found in role.drift(target, state, {}) if found.repairable]
+        for step in role.converge(target, state, {}, now):
+            if isinstance(step, Upload):
+                Path(step.destination).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(step.source, step.destination)
+            else:
+                assert isinstance(step, Shell)
+                shell(f"set -e\n{step.command}", kill_at)
+        assert role.proof is not None
+        return shell(role.proof(target))
+
+    def settle(self, role: Role[Any, Any] = environment.role) -> None:
+        assert self.converge(role) == ""
+        assert self.ids(role) == []
+
+
+@pytest.fixture(scope="session")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small venv of this Python, made elsewhere: its files name a place that is not there."""
+    folder = tmp_path_factory.mktemp("packed")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder / "llm")], check=True)
+    for name in ("bin/activate", "bin/activate.csh", "bin/activate.fish", "pyvenv.cfg"):
+        text = (folder / "llm" / name).read_text().replace(str(folder / "llm"), OLD)
+        (folder / "llm" / name).write_text(text)
+    site = next((folder / "llm").glob("lib/python3*/site-packages"))
+    (site / "greeting.py").write_text("WORD = 'hello'\n")
+    (site / "greeting-1.0.dist-info").mkdir()
+    (site / "greeting-1.0.dist-info/METADATA").write_text(
+        "Metadata-Version: 2.1\nName: greeting\nVersion: 1.0\n"
+    )
+    script = folder / "llm/bin/greet"
+    script.write_text(f"#!{OLD}/bin/python\nimport greeting, sys\nprint(sys.prefix)\n")
+    script.chmod(0o755)
+    with tarfile.open(folder / "llm.tar.gz", "w:gz", compresslevel=1) as tar:
+        tar.add(folder / "llm", "envs/llm")
+    return folder / "llm.tar.gz"
+
+
+@pytest.fixture
+def machine(tmp_path: Path, packed: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    monkeypatch.setenv("LOCKSTEP_STATE", str(tmp_path / "state"))
+    monkeypatch.setattr(
+        sys.modules["roles.environment.archive"], "state_directory", lambda: tmp_path / "state"
+    )
+    monkeypatch.setattr(
+        sys.modules["roles.trainer.package"], "state_directory", lambda: tmp_path / "state"
+    )
+    monkeypatch.setattr(sys.modules["roles.environment.parcel"], "LOCAL", str(tmp_path / "var"))
+    entry = {
+        "archive": str(packed),
+        "prefix": str(tmp_path / "envs" / "llm"),
+        "imports": ["greeting"],
+        "commands": ["greet"],
+        "on_path": False,
+    }
+    return Machine(tmp_path, entry)
+
+
+@pytest.fixture
+def right(machine: Machine) -> Machine:
+    machine.settle()
+    return machine
+
+
+def test_a_bare_machine_gets_the_environment_mended_stamped_and_proved(machine: Machine) -> None:
+    assert machine.ids() == ["environment-missing"]
+    machine.settle()
+    assert shell(str(machine.prefix / "bin/greet")) == str(machine.prefix)
+    assert OLD not in (machine.prefix / "bin/activate").read_text()
+    assert [path.name for path in machine.prefix.parent.iterdir()] == ["llm"]
+    role = environment.role
+    state = role.parse(shell(role.probe(machine.target(role))))
+    facts = {fact.name: fact.read(state) for fact in role.facts}
+    assert facts["Python of the environment"] == ".".join(map(str, sys.version_info[:3]))
+    assert facts["torch"] is None and facts["environment hash"]
+
+
+def test_two_unpackings_have_the_same_hash_and_a_pin_changes_it(right: Machine) -> None:
+    def read() -> str | None:
+        role = environment.role
+        state = role.parse(shell(role.probe(right.target(role))))
+        return role.facts[-1].read(state)
+
+    first = read()
+    shutil.rmtree(right.prefix)
+    right.settle()
+    assert read() == first
+    pinned(right).settle(pins.role)
+    assert right.ids() == []
+    assert read() != first
+    right.entry["pins"] = {}
+    assert right.ids() == ["environment-changed"]
+    right.settle()
+    assert read() == first
+
+
+def test_the_probe_says_nothing_on_standard_error_and_changes_nothing(right: Machine) -> None:
+    before = sorted((str(path), path.lstat().st_mtime_ns) for path in right.root.rglob("*"))
+    script = environment.role.probe(right.target(environment.role))
+    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    assert before == sorted((str(path), path.lstat().st_mtime_ns) for path in right.root.rglob("*"))
+
+
+def cut(right: Machine, stamped: bool) -> None:
+    beside = right.prefix.with_name(f"llm.lockstep-new-{stamp_of(right)[:12]}")
+    right.prefix.rename(beside)
+    if not stamped:
+        (beside / ".lockstep-environment.json").unlink()
+
+
+def stamp_of(machine: Machine) -> str:
+    return str(json.loads((machine.prefix / ".lockstep-environment.json").read_text())["archive"])
+
+
+def rewrite(machine: Machine, old: str, new: str) -> None:
+    stamp = machine.prefix / ".lockstep-environment.json"
+    stamp.write_text(stamp.read_text().replace(old, new))
+
+
+Damage = Callable[[Machine], object]
+
+
+@pytest.mark.parametrize(
+    ("damage", "id"),
+    [
+        (lambda m: shutil.rmtree(m.prefix), "environment-missing"),
+        (lambda m: (m.prefix / ".lockstep-environment.json").unlink(), "environment-missing"),
+        (lambda m: cut(m, stamped=True), "environment-interrupted"),
+        (lambda m: cut(m, stamped=False), "environment-missing"),
+        (lambda m: rewrite(m, stamp_of(m), "00"), "environment-version"),
+        (lambda m: rewrite(m, str(m.prefix), "/elsewhere"), "environment-moved"),
+        (lambda m: (m.prefix.parent / "llm.lockstep-new-0").mkdir(), "environment-leftover"),
+        (
+            lambda m: (m.prefix / "bin/greet").write_text(f"#!{OLD}/bin/python\n"),
+            "env-moved-shebang",
+        ),
+        (lambda m: (m.prefix / "bin/greet").chmod(0o644), "env-moved-shebang"),
+        (lambda m: (m.prefix / "bin/greet").unlink(), "environment-damaged"),
+        (lambda m: (m.prefix / "bin/python").unlink(), "environment-damaged"),
+        (lambda m: (m.prefix / ".lockstep-proof.json").unlink(), "environment-unproved"),
+        (lambda m: (m.site / "x-1.dist-info").mkdir(), "environment-changed"),
+    ],
+)
+def test_each_damage_is_named_and_mended(right: Machine, damage: Damage, id: str) -> None:
+    damage(right)
+    assert right.ids() == [id]
+    right.settle()
+    assert shell(str(right.prefix / "bin/greet")) in (str(right.prefix), "")
+
+
+def test_damage_that_only_the_proof_sees_is_mended_by_the_next_convergence(right: Machine) -> None:
+    (right.site / "greeting.py").unlink()
+    assert right.ids() == []
+    proof = environment.role.proof
+    assert proof is not None
+    wrong = shell(proof(right.target(environment.role)))
+    assert {line.split("\t")[0] for line in wrong.splitlines()} == {
+        "environment-import",
+        "environment-command",
+    }
+    assert right.ids() == ["environment-damaged"]
+    right.settle()
+
+
+def test_an_archive_that_never_worked_is_not_unpacked_again_and_again(machine: Machine) -> None:
+    machine.entry["imports"] = ["not_in_it"]
+    wrong = machine.converge()
+    assert wrong.startswith("environment-import\timport not_in_it in ")
+    assert "ModuleNotFoundError: No module named 'not_in_it'" in wrong
+    assert machine.ids() == ["environment-unproved"]
+
+
+def test_what_someone_made_by_hand_is_kept_for_good(machine: Machine) -> None:
+    machine.prefix.mkdir(parents=True)
+    (machine.prefix / "by-hand").write_text("precious")
+    machine.settle()
+    rewrite(machine, stamp_of(machine), "00")
+    machine.settle()
+    beside = {path.name for path in machine.prefix.parent.iterdir()}
+    assert beside == {"llm", "llm.before-lockstep", "llm.lockstep-old"}
+    assert (machine.prefix.parent / "llm.before-lockstep/by-hand").read_text() == "precious"
+
+
+@pytest.mark.parametrize("end", [b"", b"\0" * 100])
+def test_a_cut_or_spoilt_archive_is_removed_and_the_old_environment_stays(
+    right: Machine, end: bytes
+) -> None:
+    (place,) = (right.root / "var/archives").iterdir()
+    place.write_bytes(place.read_bytes()[:-100] + end)
+    rewrite(right, stamp_of(right), "00")
+    with pytest.raises(AssertionError, match="was damaged, and is removed: converge again"):
+        right.converge()
+    assert not place.exists()
+    assert right.ids() == ["environment-version"]
+    assert shell(str(right.prefix / "bin/greet")) == str(right.prefix)
+    right.settle()
+    assert [path.name for path in right.prefix.parent.iterdir()].count("llm.lockstep-old") == 1
+
+
+def slowly(folder: Path, program: str, script: str) -> str:
+    """A PATH on which one program does something else first."""
+    folder.mkdir()
+    (folder / program).write_text(f'#!/bin/sh\n{script}\nexec {shutil.which(program)} "$@"\n')
+    (folder / program).chmod(0o755)
+    return f"PATH={folder}:$PATH\n"
+
+
+def test_a_run_that_was_killed_and_the_next_one_do_not_mix_their_trees(machine: Machine) -> None:
+    """A killed control process does not end what it started on the node."""
+    target, role = machine.target(environment.role), environment.role
+    upload, unpack = role.converge(
+        target, role.parse(shell(role.probe(target))), {}, machine.findings()
+    )
+    assert isinstance(upload, Upload) and isinstance(unpack, Shell)
+    Path(upload.destination).parent.mkdir(parents=True)
+    shutil.copy(upload.source, upload.destination)
+    begun, cleared = machine.root / "begun", machine.root / "cleared"
+    until = f"for i in $(seq 30); do [ -e {cleared} ] && break; sleep 0.05; done"
+    # The first is about to stamp its tree when the second has made an empty one of the same name.
+    first = slowly(machine.root / "first", "sync", f"touch {begun}; {until}")
+    second = slowly(machine.root / "second", "tar", f"touch {cleared}; sleep 1")
+    orphan = subprocess.Popen(
+        ["sh", "-c", f"{first}set -e\n{unpack.command}"], stderr=subprocess.DEVNULL
+    )
+    while not begun.exists():
+        assert orphan.poll() is None
+    again = subprocess.Popen(
+        ["sh", "-c", f"{second}set -e\n{unpack.command}"], stderr=subprocess.DEVNULL
+    )
+    assert orphan.wait(20) == 0
+    assert (machine.prefix / "bin/greet").exists()
+    assert again.wait(20) == 0
+    assert machine.ids() == ["environment-unproved"]
+
+
+def test_a_venv_of_a_python_that_is_not_here_is_refused(
+    machine: Machine, packed: Path, tmp_path: Path
+) -> None:
+    subprocess.run(["tar", "-xzf", str(packed), "-C", str(tmp_path)], check=True)
+    for link in ("python", "python3"):
+        python = tmp_path / "envs/llm/bin" / link
+        python.unlink()
+        python.symlink_to("/nowhere/bin/python3")
+    subprocess.run(
+        ["tar", "-cf", str(tmp_path / "x.tar"), "-C", str(tmp_path / "envs"), "llm"], check=True
+    )
+    shutil.rmtree(tmp_path / "envs")
+    machine.entry["archive"] = "x.tar"
+    assert machine.ids() == ["environment-python"]
+    machine.converge()
+    assert not machine.prefix.exists()
+
+
+@pytest.mark.parametrize("name", ["a b", "it's", "a" * 140])
+def test_prefixes_that_no_shebang_can_hold_work(machine: Machine, name: str) -> None:
+    machine.entry["prefix"] = str(machine.root / "envs" / name / "llm")
+    assert machine.converge() == ""
+    assert machine.ids() == []
+    assert shell(f'"{machine.entry["prefix"]}/bin/greet"') == machine.entry["prefix"]
+
+
+def test_a_moved_environment_is_mended_where_it_lies_now(right: Machine) -> None:
+    elsewhere = right.root / "envs" / "moved"
+    right.prefix.rename(elsewhere)
+    right.entry["prefix"] = str(elsewhere)
+    assert "environment-moved" in right.ids()
+    assert right.converge() == ""
+    assert right.ids() == []
+    assert shell(str(elsewhere / "bin/greet")) == str(elsewhere)
+
+
+def wheel(
+    folder: Path,
+    name: str,
+    version: str,
+    files: dict[str, str],
+    tags: str = "py3-none-any",
+    metadata_first: bool = False,
+) -> None:
+    """A wheel made by hand."""
+    metadata = f"{name}-{version}.dist-info"
+    own = {
+        f"{metadata}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
+        f"{metadata}/WHEEL": f"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: {tags}\n",
+    }
+    entries = {**own, **files} if metadata_first else {**files, **own}
+    record = "".join(f"{path},,\n" for path in [*entries, f"{metadata}/RECORD"])
+    with zipfile.ZipFile(folder / f"{name}-{version}-{tags}.whl", "w") as archive:
+        for path, text in {**entries, f"{metadata}/RECORD": record}.items():
+            archive.writestr(path, text)
+
+
+def pinned(right: Machine) -> Machine:
+    wheels = right.root / "wheels"
+    wheels.mkdir()
+    wheel(wheels, "greeting", "1.1", {"greeting.py": "WORD = 'good day'\n"})
+    wheel(
+        wheels,
+        "greeting",
+        "2.0",
+        {"greeting.py": "WORD = 'hi'\n"},
+        tags="cp39-cp39-manylinux_2_17_x86_64",
+    )
+    right.entry |= {"pins": {"Greeting": "1.1"}, "wheels": "wheels"}
+    return right
+
+
+def test_a_pin_is_installed_from_its_wheel_without_pip_in_the_environment(right: Machine) -> None:
+    pinned(right)
+    assert right.ids(pins.role) == ["pin-version"]
+    right.settle(pins.role)
+    assert (right.site / "greeting.py").read_text() == "WORD = 'good day'\n"
+    assert right.ids() == []  # the environment was proved again by the pins role
+    assert right.converge(pins.role) == ""
+
+
+def test_two_versions_at_once_are_made_one(right: Machine) -> None:
+    pinned(right).settle(pins.role)
+    (right.site / "greeting-0.9.dist-info").mkdir()
+    assert right.ids(pins.role) == ["pin-duplicate"]
+    right.settle(pins.role)
+    assert [path.name for path in right.site.glob("greeting-*")] == ["greeting-1.1.dist-info"]
+
+
+def test_a_pin_whose_installation_was_cut_off_never_counts(right: Machine) -> None:
+    wheels = right.root / "wheels"
+    wheels.mkdir()
+    wheel(wheels, "many", "1.0", {f"many/m{n}.py": "" for n in range(4000)}, metadata_first=True)
+    right.entry |= {"pins": {"many": "1.0"}, "wheels": "wheels"}
+    with pytest.raises(AssertionError, match="cut off"):
+        right.converge(pins.role, kill_at=right.site / "many-1.0.dist-info/WHEEL")
+    assert (right.site / "many-1.0.dist-info").exists()
+    assert right.ids() == ["environment-missing"]
+    right.converge()
+    right.settle(pins.role)
+    assert right.ids() == []
+    assert len(list((right.site / "many").glob("m*.py"))) == 4000
+    beside = {path.name for path in right.prefix.parent.iterdir()}
+    assert beside == {"llm", "llm.lockstep-old"}  # nothing of it is taken for the user's own
+
+
+def test_a_pip_that_gave_up_leaves_the_environment_as_it_was(right: Machine) -> None:
+    (right.root / "wheels").mkdir()
+    (right.root / "wheels/other-1.1-py3-none-any.whl").write_bytes(b"no zip")
+    right.entry |= {"pins": {"other": "1.1"}, "wheels": "wheels"}
+    with pytest.raises(AssertionError):
+        right.converge(pins.role)
+    assert right.ids() == []
+    assert right.ids(pins.role) == ["pin-version"]
+
+
+def test_a_pin_without_a_wheel_for_this_python_is_the_users_to_mend(right: Machine) -> None:
+    pinned(right).entry["pins"] = {"greeting": "2.0"}
+    (finding,) = right.findings(pins.role)
+    assert (finding.id, finding.repairable) == ("pin-wheel", False)
+    assert "is for Python" in finding.fix
+
+
+@pytest.fixture
+def trained(right: Machine, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """A checkout with a small trainer; the right environment has it."""
+    root = right.root / "checkout"
+    (root / "trainer").mkdir(parents=True)
+    (root / "trainer/__init__.py").write_text("")
+    (root / "trainer/config.py").write_text("VALUE = 1\n")
+    (root / "trainer/reader.py").write_text("import trainer.config\n")
+    (root / "pyproject.toml").write_text('[project]\nname = "x"\nversion = "3.4.5"\n')
+    package = sys.modules["roles.trainer.package"].package
+    for name in ("drift", "converge", "probe"):
+        monkeypatch.setattr(
+            sys.modules[f"roles.trainer.{name}"], "package", lambda: package.__wrapped__(root)
+        )
+    right.settle(trainer.role)
+    return right
+
+
+def test_the_trainer_is_installed_at_the_checkouts_version(trained: Machine) -> None:
+    (metadata,) = trained.site.glob("lockstep_trainer-3.4.5+*.dist-info")
+    assert "trainer/config.py" in (metadata / "RECORD").read_text()
+    out = shell(
+        f"cd / && {trained.prefix}/bin/python -c 'import trainer.config as c; print(c.VALUE)'"
+    )
+    assert out == "1"
+    assert trained.ids() == []  # the environment's proof still stands
+
+
+@pytest.mark.parametrize(
+    ("damage", "id"),
+    [
+        (lambda m: shutil.rmtree(next(m.site.glob("lockstep_trainer-*"))), "trainer-missing"),
+        (lambda m: (m.site / "trainer/config.py").write_text("VALUE = 2\n"), "trainer-edited"),
+        (lambda m: (m.site / "trainer/config.py").unlink(), "trainer-edited"),
+        (lambda m: (m.site / "trainer/more.py").write_text(""), "trainer-edited"),
+        (lambda m: shutil.rmtree(m.site / "trainer"), "trainer-edited"),
+        (lambda m: (m.root / "checkout/trainer/new.py").write_text(""), "trainer-version"),
+        (lambda m: (m.site / "lockstep_trainer-0.0.1.dist-info").mkdir(), "trainer-version"),
+    ],
+)
+def test_a_changed_trainer_is_named_and_replaced(trained: Machine, damage: Damage, id: str) -> None:
+    damage(trained)
+    assert trained.ids(trainer.role) == [id]
+    trained.settle(trainer.role)
+    assert len(list(trained.site.glob("lockstep_trainer-*"))) == 1
+    assert not (trained.site / ".lockstep-trainer-new").exists()
+
+
+def test_a_trainer_that_does_not_import_is_named(trained: Machine) -> None:
+    (trained.root / "checkout/trainer/config.py").write_text("import not_there\n")
+    assert "trainer-import\timport trainer.reader in" in trained.converge(trainer.role)
+
+
+def test_another_package_called_trainer_is_not_overwritten(trained: Machine) -> None:
+    (trained.site / "trainer-0.0.36.dist-info").mkdir()
+    (finding,) = trained.findings(trainer.role)
+    assert (finding.id, finding.repairable) == ("trainer-foreign", False)
+
+
+def test_the_scripts_that_run_on_nodes_use_no_syntax_newer_than_they_promise() -> None:
+    for name in ("environment/mend.py", "environment/prove.py", "trainer/install.py"):
+        source = Path(environment.__file__).parents[1] / name
+        ast.parse(source.read_text(), feature_version=(3, 8))

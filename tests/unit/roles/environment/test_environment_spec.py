@@ -1,0 +1,99 @@
+"""The section ``environments``: a map of names, checked against itself and the rest of the file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from inventory.cluster import Cluster, Node
+from roles.environment.spec import Environments, at_hand
+from roles.storage.spec import StorageSpec
+
+
+def environments(**entries: Any) -> Environments:
+    return Environments.model_validate(entries)
+
+
+def test_names_become_prefixes_and_the_only_environment_is_on_the_path() -> None:
+    one = environments(llm={"archive": "llm.tar.zst"}, manage="check").each()[0]
+    assert (one.name, one.prefix, one.on_path) == ("llm", "/opt/lockstep/envs/llm", True)
+    assert one.linked == ["torchrun", "deepspeed"]
+
+
+def test_beside_others_an_environment_is_on_the_path_only_when_asked() -> None:
+    found = environments(a={"archive": "a.tar"}, b={"archive": "b.tar", "on_path": True}).each()
+    assert [one.on_path for one in found] == [False, True]
+
+
+def test_python_and_pip_are_never_linked_over_the_systems() -> None:
+    commands = ["python", "python3.11", "pip3", "torchrun", "pipx"]
+    assert environments(a={"archive": "a.tar", "commands": commands}).each()[0].linked == [
+        "torchrun",
+        "pipx",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("entry", "sentence"),
+    [
+        ({}, "archive"),
+        ({"archive": "a", "prefix": "/opt"}, "directory of its own"),
+        ({"archive": "a", "prefix": "/usr/local/env"}, "directory of its own"),
+        ({"archive": "a", "prefix": "/home/liu"}, "directory of its own"),
+        ({"archive": "a", "prefix": "relative"}, "no absolute path"),
+        ({"archive": "a", "imports": ["os; rm"]}, "no module name"),
+        ({"archive": "a", "commands": ["../x"]}, "no name of a command"),
+        ({"archive": "a", "commands": ["-rf"]}, "no name of a command"),
+        ({"archive": "a", "pins": {"protobuf": 3.2}, "wheels": "w"}, "must be quoted"),
+        ({"archive": "a", "pins": {"protobuf": "3.20.1"}}, "need 'wheels'"),
+        (
+            {"archive": "a", "pins": {"Torch": "2.6.0"}, "wheels": "w"},
+            "torch comes with the archive",
+        ),
+        ({"archive": "a", "pins": {"a_b": "1", "A-b": "1"}, "wheels": "w"}, "pinned twice"),
+        ({"archive": "a", "wheels": "w", "index": "https://x/simple"}, "not both"),
+        ({"archive": "a", "index": "https://me:secret@x/simple"}, "must not hold a password"),
+        ({"archive": "a", "index": "x"}, "no address of a package index"),
+        ({"archive": "a", "archiv": "b"}, "archiv"),
+        (None, "valid dictionary"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(entry: Any, sentence: str) -> None:
+    with pytest.raises(ValidationError, match=sentence):
+        environments(llm=entry)
+
+
+@pytest.mark.parametrize("name", ["Llm", "a b", "-x", "a/b", "x_1"])
+def test_a_name_that_a_path_or_shell_may_take_otherwise_is_refused(name: str) -> None:
+    with pytest.raises(ValidationError, match="no name of an environment"):
+        environments(**{name: {"archive": "a.tar"}})
+
+
+def cluster(section: Environments) -> Cluster:
+    nodes = {"node1": Node(name="node1", address="10.0.0.1")}
+    sections = {"environments": section, "storage": StorageSpec(kind="existing", path="/shared")}
+    return Cluster("lab", Path("/etc/cluster/lab.yaml"), nodes, sections=sections)
+
+
+def problems(**entries: Any) -> list[tuple[str, str]]:
+    section = environments(**entries)
+    return list(section.problems(cluster(section)))
+
+
+def test_environments_may_not_overlap_or_lie_on_the_shared_storage_or_share_a_command() -> None:
+    assert problems(a={"archive": "a"}, b={"archive": "b"}) == []
+    assert problems(a={"archive": "a", "prefix": "/shared/env"})[0][0] == "a.prefix"
+    found = problems(
+        a={"archive": "a", "prefix": "/data/e", "on_path": True},
+        b={"archive": "b", "prefix": "/data/e/b", "on_path": True},
+    )
+    assert [key for key, _ in found] == ["b.prefix", "b.on_path"]
+
+
+def test_relative_paths_count_from_the_cluster_files_folder() -> None:
+    section = environments(a={"archive": "a.tar"})
+    assert at_hand(cluster(section), Path("a.tar")) == Path("/etc/cluster/a.tar")
+    assert at_hand(cluster(section), Path("/x/a.tar")) == Path("/x/a.tar")

@@ -1,0 +1,1 @@
+"""Tests of the job role; a package, because they share the looks in conftest."""

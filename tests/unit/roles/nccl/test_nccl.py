@@ -1,0 +1,580 @@
+"""One NCCL on every node: what torch wants, what is on offer, what fences it, and what else the loader finds."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from inventory.base import Spec
+from inventory.cluster import Cluster, Node
+from roles.core.role import Finding, Target, Unreadable
+from roles.core.steps import Shell
+from roles.environment.spec import Environments
+from roles.nccl import NcclSpec, NcclState, role
+from roles.nccl.converge import move_away, write_locks
+from roles.nccl.drift import lock_line, pin_text, remarks
+from roles.nccl.probe import Library, Package, list_rows, parse, probe
+from roles.nccl.proof import proof
+from roles.nccl.version import cuda_of, nearest, read
+from roles.packages.spec import PackagesSpec
+
+RECORDED = Path(__file__).parent / "recorded"
+NODE = Node(name="node1", address="10.77.0.11")
+V18, V20, V21 = "2.18.1-1+cuda12.1", "2.20.5-1+cuda12.4", "2.21.5-1+cuda12.4"
+
+
+def cluster(*environments: str, manage: str = "managed") -> Cluster:
+    sections: dict[str, Spec] = {"packages": PackagesSpec(local="/srv/lockstep/packages")}
+    if environments:
+        entries = {name: {"archive": "/nowhere/none.tar"} for name in environments}
+        sections["environments"] = Environments.model_validate({"manage": manage, **entries})
+    return Cluster("lab", Path("lab.yaml"), {"node1": NODE}, sections=sections)
+
+
+def target(*environments: str, manage: str = "managed", **declared: Any) -> Target[NcclSpec]:
+    return Target(cluster(*environments, manage=manage), NODE, NcclSpec(**declared))
+
+
+def recorded(name: str) -> NcclState:
+    return parse((RECORDED / f"{name}.txt").read_text().strip("\n"))
+
+
+BARE, RIGHT, STRAYS = (
+    recorded(name) for name in ("bookworm-bare", "bookworm-right", "bookworm-strays")
+)
+EL9, OTHER, EL7 = (recorded(name) for name in ("el9-bare", "el9-other", "el7-right"))
+
+
+def found(state: NcclState, *environments: str, **declared: Any) -> list[Finding]:
+    return role.drift(target(*environments, **declared), state, {})
+
+
+def ids(state: NcclState, *environments: str, **declared: Any) -> list[str]:
+    return [finding.id for finding in found(state, *environments, **declared)]
+
+
+def steps(state: NcclState, **declared: Any) -> list[str]:
+    now = [finding for finding in found(state, **declared) if finding.repairable]
+    done = list(role.converge(target(**declared), state, {}, now))
+    assert all(isinstance(step, Shell) for step in done)
+    return [step.command for step in done if isinstance(step, Shell)]
+
+
+@pytest.fixture
+def archive(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Metadata folders in the archive of the environment; none unless a test adds some."""
+    folders: list[str] = []
+    monkeypatch.setattr(
+        sys.modules["roles.nccl.drift"], "archive_folders", lambda spec, cluster: tuple(folders)
+    )
+    return folders
+
+
+# --- versions ---
+
+
+def test_a_version_is_the_same_text_in_both_families() -> None:
+    assert read(V18) == read("2.18.1-1+cuda12.1") and read(V18) is not None
+    assert read("2.18.1-1ubuntu1") is None and read("") is None and read("2.18") is None
+
+
+@pytest.mark.parametrize(
+    ("cuda", "offered", "chosen"),
+    [
+        ((12, 4), ["2.21.5-1+cuda11.8", "2.21.5-1+cuda12.2", V21], V21),
+        ((12, 3), ["2.21.5-1+cuda11.8", "2.21.5-1+cuda12.2", V21], "2.21.5-1+cuda12.2"),
+        ((12, 1), ["2.21.5-1+cuda12.5", V21], V21),
+        ((11, 8), ["2.21.5-1+cuda12.2", V21], None),
+        ((12, None), ["2.21.5-1+cuda12.2", V21], V21),
+        ((12, 4), [V21, "2.21.5-2+cuda12.4"], "2.21.5-2+cuda12.4"),
+        ((12, 4), [V20, "2.21.50-1+cuda12.4", "2.21.5"], None),
+        (None, [V18, V20], None),
+    ],
+)
+def test_of_what_is_offered_the_nearest_to_torchs_cuda_is_taken(
+    cuda: tuple[int, int | None] | None, offered: list[str], chosen: str | None
+) -> None:
+    assert nearest("2.21.5", cuda, offered) == chosen
+
+
+@pytest.mark.parametrize(
+    ("torch", "folders", "cuda"),
+    [
+        ("2.5.1+cu124", [], (12, 4)),
+        ("2.0.1+cu118", [], (11, 8)),
+        ("2.9.0+cu130", [], (13, 0)),
+        ("2.5.1", ["nvidia_cuda_runtime_cu12-12.4.127.dist-info"], (12, 4)),
+        ("2.9.0", ["nvidia_cuda_runtime-13.0.48.dist-info"], (13, 0)),
+        ("2.5.1", ["nvidia_nccl_cu12-2.21.5.dist-info"], (12, None)),
+        ("2.13.0+cpu", [], None),
+        ("", [], None),
+    ],
+)
+def test_torchs_cuda_is_in_its_version_or_in_the_packages_beside_it(
+    torch: str, folders: list[str], cuda: object
+) -> None:
+    assert cuda_of(torch, folders) == cuda
+
+
+# --- the declaration ---
+
+
+@pytest.mark.parametrize("version", ["latest", "2.21", "2.21.5+cuda12.4", "2.21.5-1+cuda12", 2.21])
+def test_what_is_no_version_of_the_packages_is_refused(version: object) -> None:
+    with pytest.raises(ValidationError):
+        NcclSpec(version=version)  # type: ignore[arg-type]
+
+
+def test_auto_needs_one_environment_to_ask() -> None:
+    def problems(*environments: str, **declared: Any) -> list[str]:
+        return [key for key, _ in NcclSpec(**declared).problems(cluster(*environments))]
+
+    assert problems() == ["version"] and problems(version="2.21.5") == []
+    assert problems("a") == [] and problems("a", "b") == ["version"]
+    assert problems("a", "b", environment="b") == []
+    assert problems("a", environment="c") == ["environment"]
+
+
+def test_nothing_is_done_where_nothing_is_declared() -> None:
+    assert role.default is None
+
+
+# --- Debian family ---
+
+
+def test_both_packages_are_installed_in_one_transaction_then_pinned_then_held() -> None:
+    (finding,) = found(BARE, version="2.20.5")
+    assert finding.id == "nccl-missing" and not finding.disturbs
+    assert finding.want == f"libnccl2, libnccl-dev {V20}"
+    (step,) = steps(BARE, version="2.20.5")
+    assert f"-- libnccl2={V20} libnccl-dev={V20}" in step
+    for flag in ("--allow-downgrades", "--allow-change-held-packages", "--no-remove"):
+        assert flag in step
+    assert (
+        step.index("told apt-get -y") < step.index("preferences.d") < step.rindex("apt-mark hold")
+    )
+
+
+def test_a_right_node_has_nothing_to_do() -> None:
+    for version in ("2.18.1", V18):
+        assert ids(RIGHT, version=version) == [] and steps(RIGHT, version=version) == []
+
+
+def test_a_held_package_of_another_version_is_replaced_and_what_was_held_is_held_after_a_failure() -> (
+    None
+):
+    state = replace(RIGHT, offered={"libnccl2": frozenset([V20]), "libnccl-dev": frozenset([V20])})
+    (finding,) = found(state, version=V20)
+    assert finding.id == "nccl-version-mismatch" and finding.disturbs and V18 in finding.seen
+    (step,) = steps(state, version=V20)
+    undo = step[step.index("undo() {") : step.index("trap undo EXIT")]
+    assert f"libnccl2={V18} libnccl-dev={V18}" in undo
+    assert "apt-mark hold libnccl2 libnccl-dev" in undo
+
+
+def test_only_one_of_the_two_at_another_version_is_drift() -> None:
+    state = replace(RIGHT, packages={**RIGHT.packages, "libnccl2": (Package(V20),)})
+    assert ids(state, version=V18) == ["nccl-version-mismatch"]
+
+
+def test_headers_that_nobody_asked_for_but_that_are_there_move_along() -> None:
+    state = replace(RIGHT, packages={**RIGHT.packages, "libnccl-dev": (Package(V20, True),)})
+    assert ids(state, version=V18, dev=False) == ["nccl-version-mismatch"]
+    assert "libnccl-dev" not in found(BARE, version=V18, dev=False)[0].want
+
+
+def test_an_unheld_package_is_held_and_nothing_else_is_done() -> None:
+    state = replace(RIGHT, packages={**RIGHT.packages, "libnccl2": (Package(V18),)})
+    assert ids(state, version=V18) == ["nccl-unheld"]
+    assert steps(state, version=V18) == ["apt-mark hold libnccl2 libnccl-dev >/dev/null"]
+
+
+@pytest.mark.parametrize("pin", [None, "", pin_text(["libnccl2", "libnccl-dev"], V20)])
+def test_a_missing_or_other_preference_is_written(pin: str | None) -> None:
+    assert ids(replace(RIGHT, pin=pin), version=V18) == ["nccl-pin"]
+
+
+def test_missing_or_altered_files_are_installed_again() -> None:
+    for state in (replace(RIGHT, gone=("/usr/include/nccl.h",)), replace(RIGHT, damage="x")):
+        assert ids(state, version=V18) == ["nccl-damaged"]
+        (step,) = steps(state, version=V18)
+        assert "--reinstall" in step and "rm -f /var/lib/lockstep/nccl-damaged" in step
+
+
+def test_a_version_that_is_not_on_offer_is_for_the_user_and_names_those_that_are() -> None:
+    for version in ("2.19.3", "2.19.3-1+cuda12.2"):
+        (finding,) = found(BARE, version=version)
+        assert finding.id == "nccl-not-offered" and not finding.repairable and V18 in finding.seen
+        assert steps(BARE, version=version) == []
+    half = replace(BARE, offered={"libnccl2": frozenset([V20]), "libnccl-dev": frozenset()})
+    assert ids(half, version=V20) == ["nccl-not-offered"]
+
+
+# --- what the environment's torch says ---
+
+
+def asked(state: NcclState, **facts: str) -> NcclState:
+    return replace(state, facts=facts)
+
+
+def test_auto_takes_the_version_that_the_proof_noted(archive: list[str]) -> None:
+    (finding,) = found(asked(BARE, nccl="2.21.5", torch="2.5.1+cu124"), "main")
+    assert finding.want.endswith(V21)
+    assert ids(asked(RIGHT, nccl="2.18.1", torch="2.1.0+cu121"), "main") == []
+
+
+def test_auto_knows_it_from_the_archive_before_the_environment_is_there(
+    archive: list[str],
+) -> None:
+    archive += ["torch-2.5.1.dist-info", "nvidia_nccl_cu12-2.20.5.dist-info"]
+    assert found(BARE, "main")[0].want.endswith(V20)
+
+
+def test_auto_says_nothing_while_the_environment_is_not_proved(archive: list[str]) -> None:
+    assert ids(BARE, "main") == []
+
+
+def test_auto_says_so_where_torch_was_built_without_nccl(archive: list[str]) -> None:
+    (finding,) = found(asked(BARE, torch="2.13.0+cpu"), "main")
+    assert finding.id == "nccl-auto" and not finding.repairable and "2.13.0+cpu" in finding.seen
+
+
+def test_auto_with_an_unmanaged_environment_reads_its_distributions_or_says_that_it_cannot(
+    archive: list[str],
+) -> None:
+    alone = target("main", manage="unmanaged")
+    assert [f.id for f in role.drift(alone, BARE, {})] == ["nccl-auto"]
+    state = replace(BARE, distributions=frozenset(["nvidia_nccl_cu12-2.20.5.dist-info"]))
+    assert [f.want for f in role.drift(alone, state, {})] == [f"libnccl2, libnccl-dev {V20}"]
+
+
+def test_a_driver_of_another_cuda_does_not_take_the_package(archive: list[str]) -> None:
+    (finding,) = found(asked(BARE, nccl="2.18.1", torch="2.1.0+cu118"), "main")
+    assert finding.id == "nccl-not-offered"
+
+
+def test_with_nothing_known_on_offer_the_name_follows_from_torch(archive: list[str]) -> None:
+    state = asked(replace(BARE, offered=None), nccl="2.21.5", torch="2.5.1+cu124")
+    assert found(state, "main")[0].want.endswith(V21)
+
+
+def test_two_wheels_in_the_archive_are_for_the_user_whatever_is_declared(
+    archive: list[str],
+) -> None:
+    archive += ["nvidia_nccl_cu11-2.14.3.dist-info", "nvidia_nccl_cu12-2.18.1.dist-info"]
+    (finding,) = found(asked(RIGHT, nccl="2.14.3 and 2.18.1", torch="2.1.0"), "main")
+    assert finding.id == "nccl-two-wheels" and not finding.repairable
+    assert "2.14.3" in finding.seen and "2.18.1" in finding.seen
+    assert ids(RIGHT, "main", version=V18) == ["nccl-two-wheels"]
+
+
+# --- other libraries ---
+
+
+def test_libraries_of_another_version_are_named_and_moved_only_where_the_spec_allows() -> None:
+    state = replace(STRAYS, packages=RIGHT.packages)
+    first, second = found(state, version=V18, remove=["/usr/local/lib"])
+    assert {first.id, second.id} == {"nccl-version-mismatch"}
+    assert first.repairable and "2.21.5 at /usr/local/lib/libnccl.so.2.21.5" in first.seen
+    assert not second.repairable and "/etc/environment" in second.seen
+    assert "/srv/nccl/libnccl.so.2" in second.fix
+    (step,) = steps(state, version=V18, remove=["/usr/local/lib"])
+    assert "/usr/local/lib/libnccl.so.2.21.5" in step and "/srv/nccl" not in step
+    assert steps(state, version=V18) == []
+
+
+def test_a_prefix_of_a_name_is_not_its_directory() -> None:
+    assert all(not f.repairable for f in found(STRAYS, version=V18, remove=["/usr/local/li"])[1:])
+
+
+def test_a_library_that_does_not_tell_its_version_counts_as_another() -> None:
+    unknown = Library("cache", "/a/libnccl.so.2", "/a/libnccl.so.2", None)
+    state = replace(RIGHT, libraries=(*RIGHT.libraries, unknown))
+    (finding,) = found(state, version=V18)
+    assert "an unknown version at /a/libnccl.so.2" in finding.seen
+
+
+def test_a_second_copy_of_the_right_version_is_only_remarked() -> None:
+    copy = Library("cache", "/a/libnccl.so.2", "/a/libnccl.so.2.18.1", "2.18.1")
+    state = replace(RIGHT, libraries=(*RIGHT.libraries, copy))
+    assert ids(state, version=V18) == []
+    ((line, _),) = remarks(target(version=V18), state, {}, False)
+    assert "/a/libnccl.so.2.18.1" in line
+    assert list(remarks(target(version=V18), RIGHT, {}, False)) == []
+
+
+def test_moving_away_keeps_the_file_and_takes_its_links(tmp_path: Path) -> None:
+    lib, kept = tmp_path / "lib", tmp_path / "removed"
+    lib.mkdir()
+    (lib / "libnccl.so.2.21.5").write_text("x")
+    (lib / "libnccl.so.2").symlink_to("libnccl.so.2.21.5")
+    (lib / "other.so").symlink_to("gone")
+    script = move_away([str(lib / "libnccl.so.2.21.5")])
+    script = script.replace("/var/lib/lockstep/removed", str(kept)).replace(" ldconfig", " true")
+    subprocess.run(["sh", "-ec", script], check=True)
+    assert [path.name for path in lib.iterdir()] == ["other.so"]
+    assert (kept / str(lib).lstrip("/") / "libnccl.so.2.21.5").read_text() == "x"
+    assert kept.stat().st_mode & 0o77 == 0
+
+
+# --- RPM family ---
+
+
+def test_on_rpm_both_packages_come_at_the_exact_version_and_are_locked_after_it() -> None:
+    (finding,) = found(EL9, version="2.20.5")
+    assert finding.id == "nccl-missing" and finding.want == f"libnccl, libnccl-devel {V20}"
+    (step,) = steps(EL9, version="2.20.5")
+    assert f"act install libnccl-{V20} libnccl-devel-{V20}" in step
+    assert "--disableplugin=versionlock" in step
+    assert step.index("rpm -q") < step.index(lock_line("libnccl", V20))
+    assert ids(EL9, version="2.21.5") == ["nccl-not-offered"]  # no headers of that version
+
+
+def test_on_rpm_an_older_version_replaces_a_newer_one_with_dnf_and_with_yum() -> None:
+    state = replace(OTHER, packages={"libnccl": (Package(V20),), "libnccl-devel": (Package(V20),)})
+    assert ids(state, version=V18) == ["nccl-version-mismatch"]
+    (step,) = steps(state, version=V18)
+    assert f"act downgrade libnccl-{V18} libnccl-devel-{V18}" in step
+
+
+def test_on_rpm_two_installed_versions_at_once_are_drift() -> None:
+    state = replace(EL7, packages={**EL7.packages, "libnccl": (Package(V18), Package(V20))})
+    (finding,) = found(state, version=V18)
+    assert finding.id == "nccl-version-mismatch" and f"{V18} and {V20}" in finding.seen
+
+
+def test_dnfs_and_yums_locks_are_read_and_another_one_is_drift() -> None:
+    assert ids(EL7, version=V18) == []
+    assert ids(replace(EL7, locks=EL7.locks[:1]), version=V18) == ["nccl-unheld"]
+    other = (*EL7.locks, "libnccl-0:2.20.5-1+cuda12.4.*")
+    assert ids(replace(EL7, locks=other), version=V18) == ["nccl-unheld"]
+    names = ("libnccl", "libnccl-devel")
+    dnf = tuple(lock_line(name, V18) for name in names)
+    assert ids(replace(EL7, locks=dnf), version=V18) == []
+
+
+def test_without_the_lock_plug_in_nccl_is_installed_and_the_user_is_told() -> None:
+    found_now = found(replace(EL9, lock_list=None), version="2.20.5")
+    assert [finding.id for finding in found_now] == ["nccl-missing", "nccl-no-lock"]
+    assert not found_now[1].repairable
+    assert "versionlock.list" not in steps(replace(EL9, lock_list=None), version="2.20.5")[0]
+
+
+def test_writing_the_lock_list_touches_no_other_line(tmp_path: Path) -> None:
+    path = tmp_path / "versionlock.list"
+    state = replace(EL9, lock_list=str(path))
+    script = write_locks(state, ["libnccl", "libnccl-devel"], V18)
+    mine = f"libnccl-0:{V18}.*\nlibnccl-devel-0:{V18}.*\n"
+    for before, after in (
+        (None, mine),
+        ("", mine),
+        ("\n# kept\nkernel-0:5.14.0-1.*\n", f"\n# kept\nkernel-0:5.14.0-1.*\n{mine}"),
+        (f"0:libnccl-{V20}.*\n!libnccl-0:{V21}.*\nx-0:1-1.*\n", f"x-0:1-1.*\n{mine}"),
+    ):
+        path.unlink(missing_ok=True)
+        if before is not None:
+            path.write_text(before)
+        subprocess.run(["sh", "-ec", script], check=True)
+        assert path.read_text() == after
+
+
+DNF_LIST = """\
+Last metadata expiration check: 0:00:01 ago on Fri Nov 20 22:36:19 2026.
+Installed Packages
+libnccl.noarch                     2.18.1-1+cuda12.1                      @local
+Available Packages
+libnccl.noarch                     2.18.1-1+cuda12.1                      local
+libnccl.noarch                     0:2.20.5-1+cuda12.4                    local
+"""
+YUM_LIST = """\
+Loaded plugins: fastestmirror, versionlock
+Available Packages
+libnccl.x86_64
+                                   2.20.5-1+cuda12.4
+                                                        a-repository-of-a-long-name
+libnccl-devel.x86_64    2.20.5-1+cuda12.4    local
+"""
+
+
+def test_lists_of_dnf_and_yum_are_read_with_their_broken_rows() -> None:
+    assert list_rows(DNF_LIST.splitlines()) == [("libnccl", V18), ("libnccl", V20)]
+    assert list_rows(YUM_LIST.splitlines()) == [("libnccl", V20), ("libnccl-devel", V20)]
+
+
+# --- reading ---
+
+
+def test_a_held_package_is_installed_and_a_removed_one_is_not() -> None:
+    assert RIGHT.packages["libnccl2"] == (Package(V18, True),)
+    text = (
+        "manager\tapt\npackage\trc \tlibnccl2\t2.18.1-1+cuda12.1\npackage\tun \tlibnccl-dev\t\nend"
+    )
+    assert parse(text).packages == {}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "end",
+        "manager\tapt\nend",
+        "manager\tzypper\npackage libnccl is not installed\nend",
+        "manager\trpm\n未安装软件包 libnccl\nend",
+        "manager\tapt\ndpkg-query: 没有找到与 libnccl2 相匹配的软件包\nend",
+        "manager\tapt\npackage\tii \tlibnccl2\nend",
+        "manager\tapt\npackage\tii \tlibnccl2\t\nend",
+        "manager\tapt\npackage\tnonsense\tlibnccl2\t1\nend",
+        "manager\tapt\npackage\tii \tbash\t5.2\nend",
+        "manager\trpm\npackage libnccl is not installed\nlib\tcache\tx\ty\t2.1.1\nend",
+        "manager\trpm\nerror: rpmdb: BDB0113 Thread/process failed\nend",
+    ],
+)
+def test_what_is_empty_foreign_or_localised_is_unreadable(text: str) -> None:
+    with pytest.raises((Unreadable, ValueError, KeyError, IndexError)):
+        parse(text)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in RECORDED.glob("*.txt")))
+def test_cut_or_altered_output_is_unreadable_or_read_without_a_traceback(name: str) -> None:
+    text = (RECORDED / f"{name}.txt").read_text().strip("\n")
+    for cut in range(len(text)):
+        with pytest.raises(Unreadable):
+            parse(text[:cut])
+    chance = random.Random(7)
+    for _ in range(300):
+        place = chance.randrange(len(text))
+        changed = text[:place] + chance.choice("\t\n x0/é") + text[place + 1 :]
+        try:
+            role.drift(target(version=V18), parse(changed), {})
+        except (Unreadable, ValueError, KeyError, IndexError):
+            continue
+
+
+def run_probe(tmp_path: Path, fakes: Mapping[str, str], one: Target[NcclSpec]) -> NcclState:
+    """The probe with these fake programs before the real ones, and with none of the other family's."""
+    binaries = tmp_path / "bin"
+    binaries.mkdir()
+    for tool in ("awk", "cat", "grep", "readlink", "ldconfig"):
+        real = next(p for d in ("/usr/bin", "/bin", "/sbin") if (p := Path(d, tool)).exists())
+        (binaries / tool).symlink_to(real)
+    for name, text in fakes.items():
+        (binaries / name).write_text(f"#!/bin/sh\n{text}\n")
+        (binaries / name).chmod(0o755)
+    script = probe(one).replace(':/usr/sbin:/sbin"', '"')
+    done = subprocess.run(
+        ["/bin/sh", "-c", script],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "PATH": str(binaries)},
+    )
+    assert done.stderr == "" and done.returncode == 0
+    return parse(done.stdout.strip("\n"))
+
+
+RPM = """
+case $* in *--qf*)
+  printf 'package\\tii\\tlibnccl\\t2.18.1-1+cuda12.1\\npackage libnccl-devel is not installed\\n'; exit 1;;
+esac
+echo /usr/lib64/libnccl.so.2.18.1; echo /usr/share/doc/libnccl/README
+"""
+
+
+def test_the_probe_asks_dnf_only_where_the_version_is_not_the_declared_one(tmp_path: Path) -> None:
+    fakes = {"rpm": RPM, "dnf": f"cat <<'X'\n{DNF_LIST}X"}
+    (tmp_path / "1").mkdir()
+    (tmp_path / "2").mkdir()
+    state = run_probe(tmp_path / "1", fakes, target(version=V20))
+    assert state.manager == "rpm" and state.packages == {"libnccl": (Package(V18),)}
+    assert state.offered is not None and state.offered["libnccl"] == {V18, V20}
+    assert state.gone == ("/usr/lib64/libnccl.so.2.18.1",)
+    asked = {**fakes, "dnf": "echo asked >&2; exit 1"}
+    assert run_probe(tmp_path / "2", asked, target(version=V18, dev=False)).offered is None
+
+
+def test_the_probe_reads_the_index_of_the_one_local_source(tmp_path: Path) -> None:
+    (tmp_path / "Packages").write_text(
+        f"Package: libnccl2\nVersion: {V20}\nFilename: ./x\n\nPackage: bash\nVersion: 5\n\n"
+        f"Package: libnccl-dev\nArchitecture: amd64\nVersion: {V20}\n"
+    )
+    one = target(version=V20)
+    packages = PackagesSpec(local=str(tmp_path))
+    one = replace(one, cluster=replace(one.cluster, sections={"packages": packages}))
+    query = "echo 'dpkg-query: no packages found matching libnccl2' >&2; exit 1"
+    state = run_probe(tmp_path, {"dpkg-query": query}, one)
+    assert state.packages == {} and state.offered == {
+        "libnccl2": frozenset([V20]),
+        "libnccl-dev": frozenset([V20]),
+    }
+
+
+def test_the_probe_asks_apt_where_there_is_no_local_source(tmp_path: Path) -> None:
+    one = target(version=V20)
+    one = replace(one, cluster=replace(one.cluster, sections={}))
+    fakes = {
+        "dpkg-query": "echo 'dpkg-query: no packages found matching libnccl2'; exit 1",
+        "apt-cache": f"echo '  libnccl2 | {V21} | file:/srv/aptrepo ./ Packages'\n"
+        f"echo '  libnccl2 | {V20} | file:/srv/aptrepo ./ Packages'",
+    }
+    state = run_probe(tmp_path, fakes, one)
+    assert state.offered is not None and state.offered["libnccl2"] == {V20, V21}
+
+
+@pytest.mark.parametrize("environments", [(), ("main",)])
+def test_the_scripts_are_valid_shell(environments: tuple[str, ...]) -> None:
+    one = target(*environments, version=V20)
+    texts = [probe(one), proof(one), *steps(BARE, version=V20), *steps(EL9, version=V20)]
+    for text in texts:
+        subprocess.run(["sh", "-n", "-c", text], check=True)
+    assert len(probe(one)) < 6000
+
+
+# --- symptoms ---
+
+
+def symptoms() -> dict[str, list[str]]:
+    path = Path(__file__).parents[4] / "roles/nccl/symptoms.yaml"
+    return {entry["id"]: entry["log"] for entry in yaml.safe_load(path.read_text())}
+
+
+def test_every_finding_has_its_entry_in_the_symptoms() -> None:
+    folder = Path(__file__).parents[4] / "roles/nccl"
+    text = "".join((folder / name).read_text() for name in ("drift.py", "proof.py"))
+    named = set(re.findall(r"[\"'](nccl-[a-z-]+)", text))
+    assert named >= {"nccl-version-mismatch", "nccl-damaged"} and named <= set(symptoms())
+
+
+@pytest.mark.parametrize(
+    ("id", "line"),
+    [
+        (
+            "nccl-version-mismatch",
+            "gpu-a:211:302 [1] NCCL WARN Mismatched NCCL version detected : rank 0 version 22105 rank 1 version 22005",
+        ),
+        ("nccl-two-wheels", "NCCL WARN Invalid config blocking attribute value -2147483648"),
+        (
+            "nccl-symbol",
+            "ImportError: /e/torch/lib/libtorch_cuda.so: undefined symbol: ncclCommRegister",
+        ),
+        (
+            "nccl-missing",
+            "./all_reduce_perf: error while loading shared libraries: libnccl.so.2: cannot open shared object file: No such file or directory",
+        ),
+        ("nccl-not-offered", "E: Version '9.9-1' for 'libnccl2' was not found"),
+        ("nccl-not-offered", "Error: Unable to find a match: libnccl-2.20.5-1+cuda12.4"),
+    ],
+)
+def test_a_real_line_is_named_by_its_own_entry_alone(id: str, line: str) -> None:
+    named = [key for key, logs in symptoms().items() if any(re.search(log, line) for log in logs)]
+    assert named == [id]

@@ -1,0 +1,324 @@
+"""The interface that really carries the address, leaks of it, MTU, routes, the firewall between nodes."""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from inventory.cluster import Cluster, Node
+from roles.core.role import Finding, Target, Unreadable
+from roles.core.steps import NewLogin, Shell
+from roles.network import NetworkSpec, NetworkState, role
+from roles.network.converge import nft_script, take_out, write_conf
+from roles.network.interfaces import carrying, variables
+from roles.network.names import meant
+from roles.network.probe import Firewall, Setting, parse, probe
+
+RECORDED = Path(__file__).parent / "recorded"
+NODES = {
+    "node1": Node(name="node1", address="10.77.27.11"),
+    "node2": Node(name="node2", address="10.77.27.12"),
+}
+
+# As ip prints it on a machine with containers, virtual machines and bonded cards.
+CROWDED = r"""own
+10.0.0.1
+addresses
+address 127.0.0.1 lo
+address 10.0.0.1 bond0
+address 172.17.0.1 docker0
+address 192.168.122.1 virbr0
+address 10.0.1.9 eno3
+links
+1: lo: <LOOPBACK,UP,LOWER_UP> mtu 65536 qdisc noqueue state UNKNOWN mode DEFAULT group default qlen 1000\    link/loopback 00:00:00:00:00:00 brd 00:00:00:00:00:00
+2: eno1: <BROADCAST,MULTICAST,SLAVE,UP,LOWER_UP> mtu 9000 qdisc mq master bond0 state UP mode DEFAULT group default qlen 1000\    link/ether 00:11:22:33:44:55 brd ff:ff:ff:ff:ff:ff
+4: eno3: <NO-CARRIER,BROADCAST,MULTICAST,UP> mtu 1500 qdisc mq state DOWN mode DEFAULT group default qlen 1000\    link/ether 00:11:22:33:44:56 brd ff:ff:ff:ff:ff:ff
+5: bond0: <BROADCAST,MULTICAST,MASTER,UP,LOWER_UP> mtu 9000 qdisc noqueue state UP mode DEFAULT group default qlen 1000\    link/ether 00:11:22:33:44:55 brd ff:ff:ff:ff:ff:ff
+6: docker0: <NO-CARRIER,BROADCAST,MULTICAST,UP> mtu 1500 qdisc noqueue state DOWN mode DEFAULT group default \    link/ether 02:42:00:00:00:01 brd ff:ff:ff:ff:ff:ff
+7: virbr0: <BROADCAST,MULTICAST,UP,LOWER_UP> mtu 1500 qdisc noqueue state UP mode DEFAULT group default qlen 1000\    link/ether 52:54:00:00:00:01 brd ff:ff:ff:ff:ff:ff
+routes
+10.0.0.2 dev bond0 src 10.0.0.1 uid 0 \    cache
+files
+/etc/nccl.conf	NCCL_SOCKET_IFNAME==bond0
+end"""  # fmt: skip
+
+
+def recorded(name: str) -> NetworkState:
+    return parse((RECORDED / f"{name}.txt").read_text().strip("\n"))
+
+
+RIGHT, BROKEN, BOND = recorded("bookworm-firewalled"), recorded("bookworm-broken"), parse(CROWDED)
+LAB: dict[str, Any] = {"mtu": 1500, "leaks": "remove", "firewall": "open"}
+
+
+def target(name: str = "node2", **declared: Any) -> Target[NetworkSpec]:
+    return Target(Cluster("lab", Path("lab.yaml"), NODES), NODES[name], NetworkSpec(**declared))
+
+
+def crowded(interface: str | None = None, address: str = "10.0.0.1") -> Target[NetworkSpec]:
+    nodes = {
+        "gpu-a": Node(name="gpu-a", address=address, interface=interface),
+        "gpu-b": Node(name="gpu-b", address="10.0.0.2"),
+    }
+    return Target(Cluster("c", Path("c.yaml"), nodes), nodes["gpu-a"], NetworkSpec())
+
+
+def found(of: Target[NetworkSpec], state: NetworkState, **peers: NetworkState) -> list[Finding]:
+    return role.drift(of, state, peers)
+
+
+def ids(of: Target[NetworkSpec], state: NetworkState, **peers: NetworkState) -> list[str]:
+    return [finding.id for finding in found(of, state, **peers)]
+
+
+def steps(of: Target[NetworkSpec], state: NetworkState) -> list[Any]:
+    now = [finding for finding in found(of, state) if finding.repairable]
+    return list(role.converge(of, state, {}, now))
+
+
+def sh(script: str) -> str:
+    done = subprocess.run(["sh", "-ec", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def test_a_right_node_has_no_findings_and_no_steps() -> None:
+    assert ids(target(**LAB), RIGHT) == [] and steps(target(**LAB), RIGHT) == []
+    assert ids(crowded(), BOND) == []
+
+
+def test_a_broken_node_is_named_by_everything_that_is_wrong() -> None:
+    assert ids(target(**LAB), BROKEN) == [
+        "nccl-wrong-interface", "nccl-env-inconsistent", "firewall-between-nodes",
+    ]  # fmt: skip
+
+
+def test_the_interface_that_carries_the_address_is_chosen_among_bridges_and_idle_cards() -> None:
+    assert BOND.interface == "bond0"
+    (finding,) = found(crowded(), replace(BOND, conf=()))
+    assert (finding.want, finding.repairable) == (
+        "NCCL_SOCKET_IFNAME==bond0 in /etc/nccl.conf",
+        True,
+    )
+    assert variables("bond0") == {"GLOO_SOCKET_IFNAME": "bond0", "NCCL_SOCKET_IFNAME": "=bond0"}
+    node = Node(name="a", address="10.0.0.1")
+    assert carrying(node, {"10.0.0.1": "bond0", "10.0.0.2": "eth0"}) == "bond0"
+    assert carrying(node, {"10.0.0.2": "eth0"}) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("bond0", "nccl-wrong-interface"),  # a prefix: bond0.2093 too
+        ("=eno3", "nccl-wrong-interface"),
+        ("=eth7", "nccl-ifname-missing"),
+        ("^docker,lo", "nccl-wrong-interface"),
+    ],
+)
+def test_another_value_in_nccl_conf_is_replaced(value: str, expected: str) -> None:
+    state = replace(BOND, conf=(("NCCL_SOCKET_IFNAME", value),))
+    assert ids(crowded(), state) == [expected]
+
+
+def test_a_second_line_of_the_same_name_is_not_taken_for_right() -> None:
+    twice = (("NCCL_SOCKET_IFNAME", "=eno3"), ("NCCL_SOCKET_IFNAME", "=bond0"))
+    assert ids(crowded(), replace(BOND, conf=twice)) == ["nccl-wrong-interface"]
+
+
+@pytest.mark.parametrize(
+    ("of", "expected", "words"),
+    [
+        (crowded(address="10.9.9.9"), "nccl-wrong-interface", "10.0.0.1 on bond0"),
+        (crowded("eno3"), "nccl-wrong-interface", "10.0.0.1 on bond0"),
+        (crowded("eth7"), "nccl-ifname-missing", "no eth7"),
+        (crowded(address="172.17.0.1"), "nccl-wrong-interface", "docker0"),
+        (crowded(address="10.0.1.9"), "nccl-wrong-interface", "eno3 is down"),
+    ],
+)
+def test_an_address_that_cannot_be_right_is_for_the_user(
+    of: Target[NetworkSpec], expected: str, words: str
+) -> None:
+    (finding,) = found(of, BOND)
+    assert (finding.id, finding.repairable) == (expected, False) and words in finding.seen
+
+
+def test_an_address_on_two_interfaces_needs_a_declared_one() -> None:
+    twice = parse(CROWDED.replace("address 10.0.1.9 eno3", "address 10.0.0.1 eno1"))
+    (finding,) = found(crowded(), twice)
+    assert "bond0, eno1" in finding.seen and not finding.repairable
+    declared = parse(
+        CROWDED.replace("address 10.0.1.9 eno3", "address 10.0.0.1 eno1").replace(
+            "own\n10.0.0.1\n", "own\n10.0.0.1\nbond0\n"
+        )
+    )
+    assert ids(crowded("bond0"), declared) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (
+            "10.0.0.2 via 192.168.122.9 dev virbr0 src 192.168.122.1 uid 0 \\    cache",
+            "over virbr0",
+        ),
+        ("RTNETLINK answers: Network is unreachable\nCommand failed -:1", "not at all"),
+    ],
+)
+def test_a_peer_that_another_interface_leads_to_is_named(line: str, words: str) -> None:
+    right = "10.0.0.2 dev bond0 src 10.0.0.1 uid 0 \\    cache"
+    assert right in CROWDED
+    (finding,) = found(crowded(), parse(CROWDED.replace(right, line)))
+    assert finding.seen == f"gpu-b {words}" and not finding.repairable
+
+
+def test_leaks_are_named_and_only_taken_out_where_that_is_declared() -> None:
+    named = [f for f in found(target(), BROKEN) if f.id == "nccl-env-inconsistent"]
+    assert [f.repairable for f in named] == [False]
+    assert named[0].seen == "'export NCCL_SOCKET_IFNAME=eno1' in /root/.bashrc"
+    assert "network.leaks: remove" in named[0].fix
+    removed = [f for f in found(target(leaks="remove"), BROKEN) if f.id == "nccl-env-inconsistent"]
+    assert [f.repairable for f in removed] == [True]
+
+
+def test_a_line_that_does_more_is_left_to_the_user_even_then() -> None:
+    line = "export NCCL_SOCKET_IFNAME=eno1 PATH=$PATH:/opt/bin"
+    state = replace(BOND, settings=(Setting("/root/.bashrc", line, "NCCL_SOCKET_IFNAME", "eno1"),))
+    of = crowded()
+    of = replace(of, spec=NetworkSpec(leaks="remove"))
+    (finding,) = found(of, state)
+    assert not finding.repairable and "/root/.bashrc" in finding.fix
+
+
+@pytest.mark.parametrize(
+    ("name", "right"),
+    [
+        ("NCCL_IB_DISABL", "NCCL_IB_DISABLE"),
+        ("NCCL_SOCKET_IF_NAME", "NCCL_SOCKET_IFNAME"),
+        ("NCCL_IB_DISABLE", None),
+        ("NCCL_DEBUG", None),
+        ("NCCL_SOMETHING_QUITE_NEW", None),
+        ("NCCL_ASYNC_ERROR_HANDLING", None),
+    ],
+)
+def test_misspelt_names_are_told_from_new_ones(name: str, right: str | None) -> None:
+    assert meant(name) == right
+
+
+def test_mtu_is_compared_with_the_head_or_set_as_declared() -> None:
+    other = replace(RIGHT, links={**RIGHT.links, "host0": replace(RIGHT.links["host0"], mtu=9000)})
+    bare = replace(RIGHT, mtu_unit=None)
+    (finding,) = found(target(), bare, node1=other)
+    assert (finding.id, finding.repairable, finding.seen) == ("mtu-mismatch", False, "1500")
+    assert found(target(), bare) == [], "a head that cannot be read is no drift"
+    (finding,) = found(target(mtu=9000), bare)
+    assert finding.repairable and finding.disturbs
+    make, again, keep, unit = steps(target(mtu=9000), bare)
+    assert isinstance(again, NewLogin) and isinstance(keep, Shell)
+    assert (
+        "mtu 9000" in make.command and "mtu 1500" in make.command and "lockstep-mtu" in unit.command
+    )
+
+
+def test_a_unit_that_nobody_declares_any_more_is_taken_out() -> None:
+    (step,) = steps(target(), RIGHT)
+    assert "rm -f /etc/systemd/system/lockstep-mtu.service" in step.command
+
+
+def test_the_firewall_is_left_alone_unless_open_is_declared() -> None:
+    assert "hook input" not in probe(target())
+    assert "hook input" in probe(target(firewall="open"))
+
+
+def test_rules_for_the_peers_must_come_first_in_a_chain_that_drops() -> None:
+    assert RIGHT.firewall is not None
+    (chain,) = RIGHT.firewall.chains
+    for rules in (chain.rules[1:], (*chain.rules[1:], chain.rules[0])):
+        wall = replace(RIGHT.firewall, chains=(replace(chain, rules=rules),))
+        assert ids(target(**LAB), replace(RIGHT, firewall=wall)) == ["firewall-between-nodes"]
+    open_chain = replace(chain, rules=(), policy="accept")
+    state = replace(RIGHT, firewall=replace(RIGHT.firewall, chains=(open_chain,)))
+    assert ids(target(**LAB), state) == []
+
+
+@pytest.mark.parametrize("kind", ["firewalld", "ufw"])
+def test_firewalld_and_ufw_let_exactly_the_peers_in(kind: str) -> None:
+    of = target(**LAB)
+    assert ids(of, replace(RIGHT, firewall=Firewall(kind, frozenset({"10.77.27.11"})))) == []
+    state = replace(RIGHT, firewall=Firewall(kind, frozenset({"10.77.27.99"})))
+    (finding,) = found(of, state)
+    assert "10.77.27.11" in finding.seen and "10.77.27.99" in finding.seen, "a removed node goes"
+    make, again, _ = steps(of, state)
+    assert isinstance(again, NewLogin)
+    if kind == "ufw":
+        assert "ufw allow from 10.77.27.11 comment lockstep" in make.command
+        assert "ufw delete allow from 10.77.27.99" in make.command
+    else:
+        assert "--zone=trusted --add-source=ipset:lockstep" in make.command
+    assert "sleep 60" in make.command, "it undoes itself unless the next login succeeds"
+
+
+def test_the_firewalls_program_is_a_valid_script() -> None:
+    script = nft_script(['iifname "host0" ip saddr 10.0.0.2 accept comment "lockstep"'])
+    done = subprocess.run(["sh", "-n"], input=script, text=True, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_nccl_conf_keeps_other_lines_and_its_first_version(tmp_path: Path) -> None:
+    conf = tmp_path / "nccl.conf"
+    conf.write_text("# ours\nNCCL_SOCKET_IFNAME=eth0\nNCCL_DEBUG=WARN\nNCCL_SOCKET_IFNAME=eth1")
+    script = write_conf("bond0").replace("/etc/nccl.conf", str(conf))
+    for _ in range(2):
+        sh(script)
+        assert conf.read_text() == "# ours\nNCCL_DEBUG=WARN\nNCCL_SOCKET_IFNAME==bond0\n"
+    assert "=eth1" in (tmp_path / "nccl.conf.before-lockstep").read_text()
+
+
+def test_a_script_stays_a_valid_script_when_its_only_line_is_taken_out(tmp_path: Path) -> None:
+    bashrc = tmp_path / ".bashrc"
+    bashrc.write_text("if true; then\n  export NCCL_SOCKET_IFNAME=eno1\nfi\necho fine\n")
+    bashrc.chmod(0o600)
+    line = "  export NCCL_SOCKET_IFNAME=eno1"
+    sh(take_out(Setting(str(bashrc), line, "NCCL_SOCKET_IFNAME", "eno1")))
+    assert sh(f". {bashrc}; echo ${{NCCL_SOCKET_IFNAME-unset}}") == "fine\nunset\n"
+    assert bashrc.stat().st_mode & 0o777 == 0o600
+    data = tmp_path / ".deepspeed_env"
+    data.write_text("PATH=/bin\nNCCL_SOCKET_IFNAME=eno1\n")
+    sh(take_out(Setting(str(data), "NCCL_SOCKET_IFNAME=eno1", "NCCL_SOCKET_IFNAME", "eno1")))
+    assert data.read_text() == "PATH=/bin\n", "DeepSpeed cannot read a comment there"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "own\n10.0.0.1", "找不到命令", "own\n10.0.0.1\naddresses\nlinks\nroutes\nfiles\nend"],
+)
+def test_empty_and_foreign_output_is_refused(text: str) -> None:
+    with pytest.raises((Unreadable, KeyError)):
+        parse(text)
+
+
+def test_any_truncation_is_refused() -> None:
+    for end in range(len(CROWDED) - 1):
+        with pytest.raises((Unreadable, ValueError, KeyError, IndexError)):
+            parse(CROWDED[:end])
+
+
+def test_the_proof_is_the_heads_alone_and_a_valid_script() -> None:
+    assert role.proof is not None
+    assert role.proof(target("node2")) == "true"
+    script = role.proof(target("node1"))
+    assert "node2=10.77.27.12" in script and "29500" in script
+    done = subprocess.run(["sh", "-n"], input=script, text=True, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_every_finding_has_its_entry_in_the_symptoms() -> None:
+    folder = Path(__file__).parents[4] / "roles/network"
+    known = {each["id"] for each in yaml.safe_load((folder / "symptoms.yaml").read_text())}
+    faults = yaml.safe_load((folder.parents[1] / "tests/lab/faults/network.yaml").read_text())
+    used = {fault["id"] for fault in faults} | {"gloo-interface"}
+    assert used == known

@@ -1,0 +1,258 @@
+"""System packages: installed from the declared source only, and an interrupted dpkg is finished first."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from inventory.cluster import Cluster, Node
+from roles.core.role import Finding, Target, Unreadable
+from roles.core.steps import Shell
+from roles.packages import PackagesSpec, PackagesState, role
+from roles.packages.drift import source_text
+from roles.packages.probe import POLICY_MARK, parse, probe
+
+RECORDED = Path(__file__).parent / "recorded"
+LOCAL = "/srv/lockstep/packages"
+NODE = Node(name="node1", address="10.77.0.11")
+VERSIONS = {"pdsh": "2.34-0.2", "rsync": "3.2.7-1", "zstd": "1.5.4"}
+RIGHT = PackagesState(
+    "apt", VERSIONS, source=source_text(LOCAL), repository="present", offered=None, kernel="6.1.0"
+)
+
+
+def target(**declared: Any) -> Target[PackagesSpec]:
+    spec = PackagesSpec(**{"local": LOCAL, **declared})
+    return Target(Cluster("lab", Path("lab.yaml"), {"node1": NODE}), NODE, spec)
+
+
+def found(state: PackagesState, **declared: Any) -> list[Finding]:
+    return role.drift(target(**declared), state, {})
+
+
+def ids(state: PackagesState, **declared: Any) -> list[str]:
+    return [finding.id for finding in found(state, **declared)]
+
+
+def steps(state: PackagesState, **declared: Any) -> list[str]:
+    now = [finding for finding in found(state, **declared) if finding.repairable]
+    done = list(role.converge(target(**declared), state, {}, now))
+    assert all(isinstance(step, Shell) for step in done)
+    return [step.command for step in done if isinstance(step, Shell)]
+
+
+def run_probe(
+    tmp_path: Path, tools: Sequence[str], fakes: dict[str, str], local: Path | None = None
+) -> PackagesState:
+    """The probe on a machine that has these real tools and these fake ones, and nothing of ours."""
+    binaries = tmp_path / "bin"
+    binaries.mkdir()
+    for tool in tools:
+        (binaries / tool).symlink_to(
+            next(p for p in ("/usr/bin", "/bin") if Path(p, tool).exists()) + f"/{tool}"
+        )
+    for name, text in fakes.items():
+        (binaries / name).write_text(f"#!/bin/sh\n{text}\n")
+        (binaries / name).chmod(0o755)
+    script = probe(target(local=str(local) if local else None))
+    for path in ("/etc/apt", "/usr/sbin/policy", "/var/lib/dpkg"):
+        script = script.replace(path, f"{tmp_path}{path}")
+    script = script.replace("PATH=$PATH:/usr/sbin:/sbin\n", "")
+    done = subprocess.run(
+        ["/bin/sh", "-c", script],
+        env={**os.environ, "PATH": str(binaries)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return parse(done.stdout.strip("\n"))
+
+
+def test_a_right_node_has_no_findings_and_no_steps() -> None:
+    assert ids(RIGHT) == [] and steps(RIGHT) == []
+
+
+def test_a_bare_node_of_the_lab_misses_all_packages_and_the_source() -> None:
+    state = parse((RECORDED / "bookworm-bare.txt").read_text().strip("\n"))
+    assert ids(state) == ["package-source", "package-missing"]
+    assert state.os == "debian 12" and state.glibc == "2.36" and state.gcc is None
+    source, install = steps(state)
+    assert "/etc/apt/sources.list.d/lockstep-local.list" in source
+    assert install.rstrip().endswith(
+        "install --no-install-recommends --no-remove -- pdsh rsync zstd"
+    )
+
+
+def test_with_a_local_repository_no_other_source_is_read_or_forgotten() -> None:
+    (command,) = steps(replace(RIGHT, versions={"pdsh": "1", "zstd": "1"}))
+    for line in command.splitlines():
+        if line.startswith("patiently apt-get"):
+            assert "Dir::Etc::sourcelist=/etc/apt/sources.list.d/lockstep-local.list" in line
+            assert "Dir::Etc::sourceparts=-" in line and "APT::Get::List-Cleanup=0" in line
+    assert "DEBIAN_FRONTEND=noninteractive" in command and "DPkg::Lock::Timeout=60" in command
+
+
+def test_without_a_local_repository_the_nodes_own_sources_are_used() -> None:
+    state = replace(RIGHT, versions={}, source=None, repository="none")
+    (command,) = steps(state, local=None)
+    assert "Dir::Etc" not in command
+
+
+def test_a_source_list_of_an_earlier_declaration_is_removed() -> None:
+    assert ids(replace(RIGHT, repository="none"), local=None) == ["package-source"]
+    assert steps(replace(RIGHT, repository="none"), local=None) == [
+        "rm -f /etc/apt/sources.list.d/lockstep-local.list"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("repository", "word"), [("absent", LOCAL), ("unindexed", "dpkg-scanpackages")]
+)
+def test_a_missing_repository_or_index_is_for_the_user_and_nothing_is_installed(
+    repository: Any, word: str
+) -> None:
+    state = replace(RIGHT, versions={}, repository=repository)
+    (finding,) = found(state)
+    assert finding.id == "package-source-missing" and not finding.repairable and word in finding.fix
+    assert steps(state) == []
+
+
+def test_a_missing_repository_matters_only_when_something_must_come_from_it() -> None:
+    assert ids(replace(RIGHT, repository="absent")) == []
+
+
+def test_what_the_index_lacks_is_named_and_the_rest_is_installed() -> None:
+    state = replace(RIGHT, versions={"pdsh": "1"}, offered=frozenset({"rsync"}))
+    missing, install = found(state)
+    assert missing.id == "package-not-offered" and "zstd" in missing.want and not missing.repairable
+    assert install.id == "package-missing" and install.want == "rsync installed"
+    assert steps(state)[0].rstrip().endswith("-- rsync")
+
+
+def test_an_interrupted_dpkg_is_finished_before_anything_is_installed_and_waits_for_a_job() -> None:
+    state = replace(
+        RIGHT,
+        versions={"zstd": "1"},
+        interrupted={"rsync": "iU", "libgenders0": "iHR"},
+        offered=frozenset({"pdsh"}),
+    )
+    first, second = found(state)
+    assert first.id == "package-interrupted" and first.disturbs and "rsync (iU)" in first.seen
+    assert second.want == "pdsh installed"
+    mend, install = steps(state)
+    assert "dpkg --force-confdef --force-confold --configure -a" in mend
+    assert "--reinstall --no-install-recommends --no-remove -- libgenders0" in mend
+    assert "rsync" not in install
+
+
+def test_a_journal_alone_counts_as_interrupted() -> None:
+    assert ids(replace(RIGHT, journal=True)) == ["package-interrupted"]
+
+
+def test_a_policy_file_of_a_killed_installation_is_removed() -> None:
+    assert ids(replace(RIGHT, policy_left=True)) == ["package-policy"]
+    assert steps(replace(RIGHT, policy_left=True)) == ["rm -f /usr/sbin/policy-rc.d"]
+
+
+def test_an_rpm_node_is_told_what_to_install() -> None:
+    state = PackagesState("rpm", {"pdsh": "2.34-6.el9"}, kernel="5.14.0")
+    (finding,) = found(state, local=None)
+    assert not finding.repairable and "dnf install rsync zstd" in finding.fix
+
+
+def test_the_probe_tells_held_from_half_installed_and_removed_packages(tmp_path: Path) -> None:
+    fakes = {"dpkg-query": f"cat {RECORDED / 'dpkg-query.txt'}"}
+    state = run_probe(tmp_path, ["awk", "cat"], fakes, RECORDED)
+    assert dict(state.versions) == {"pdsh": "2.34-0.2"}
+    assert dict(state.interrupted) == {"rsync": "iU", "libgenders0": "iHR", "man-db": "it"}
+    assert state.repository == "present" and state.offered == frozenset({"zstd"})
+    assert state.source is None and not state.policy_left and not state.journal
+
+
+def test_the_probe_finds_the_source_list_the_journal_and_a_left_policy(tmp_path: Path) -> None:
+    for name, text in {
+        "etc/apt/sources.list.d/lockstep-local.list": source_text(LOCAL),
+        "usr/sbin/policy-rc.d": f"#!/bin/sh\n{POLICY_MARK}\n",
+        "var/lib/dpkg/updates/0001": "",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(text)
+    fakes = {"dpkg-query": "printf 'ii \\tpdsh\\t2\\nii \\trsync\\t3\\nii \\tzstd\\t1\\n'"}
+    state = run_probe(tmp_path, ["awk", "cat"], fakes, tmp_path / "nowhere")
+    assert state.source is not None and state.source.strip() == source_text(LOCAL).strip()
+    assert state.policy_left and state.journal and state.repository == "absent"
+
+
+def test_the_probe_reads_an_rpm_node(tmp_path: Path) -> None:
+    state = run_probe(tmp_path, ["cat"], {"rpm": f"cat {RECORDED / 'rpm-q.txt'}; exit 1"})
+    assert state.manager == "rpm"
+    assert dict(state.versions) == {"pdsh": "2.34-6.el9", "zstd": "1.5.5-1.el9"}
+
+
+def test_an_rpm_node_that_speaks_another_language_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LC_ALL", raising=False)
+    monkeypatch.setenv("LANG", "zh_CN.UTF-8")
+    says = 'test "$LC_ALL" = C && echo "package pdsh is not installed" || echo 未安装软件包 pdsh'
+    assert run_probe(tmp_path, [], {"rpm": says}).versions == {}
+
+
+def test_the_probe_fails_when_the_database_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError):
+        run_probe(tmp_path, ["awk", "cat"], {"dpkg-query": "echo broken >&2; exit 2"})
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "rubbish", "manager\tapt\nrubbish", "kernel\t6\nmanager\tpacman", "error: cannot open"],
+)
+def test_garbage_is_unreadable(text: str) -> None:
+    with pytest.raises((Unreadable, KeyError)):
+        parse(text)
+
+
+def test_a_broken_rpm_database_is_unreadable_and_not_taken_for_missing_packages() -> None:
+    with pytest.raises(Unreadable):
+        parse("kernel\t5\nmanager\trpm\nerror: cannot open Packages database in /var/lib/rpm")
+
+
+@pytest.mark.parametrize("name", ["Pdsh", "pdsh=2.34", "-o", "pdsh-", "a b", "$(id)", "x", ""])
+def test_what_is_no_package_name_is_refused(name: str) -> None:
+    with pytest.raises(ValidationError):
+        PackagesSpec(install=[name])
+
+
+@pytest.mark.parametrize("path", ["relative", "/with space", "/a]b", "/a#b", "/../x/.."])
+def test_a_path_that_cannot_stand_in_a_source_list_is_refused(path: str) -> None:
+    with pytest.raises(ValidationError):
+        PackagesSpec(local=path)
+
+
+def test_facts_that_must_agree_are_named() -> None:
+    state = parse((RECORDED / "bookworm-bare.txt").read_text().strip("\n"))
+    values = {fact.name: fact.read(state) for fact in role.facts}
+    assert values["os"] == "debian 12" and values["gcc"] is None and values["kernel"]
+    assert {fact.rule for fact in role.facts} == {"equal per class"}
+
+
+def test_every_finding_has_its_entry_in_the_symptoms() -> None:
+    path = Path(__file__).parents[4] / "roles/packages/symptoms.yaml"
+    entries = {entry["id"] for entry in yaml.safe_load(path.read_text())}
+    assert {
+        "package-missing",
+        "package-interrupted",
+        "package-source",
+        "package-source-missing",
+        "package-not-offered",
+        "package-policy",
+    } == entries

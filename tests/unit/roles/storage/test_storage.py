@@ -1,0 +1,469 @@
+"""storage: one directory for all nodes, never written where the mount is missing; a copy is found out."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from inventory.cluster import Cluster, Node
+from roles.core.role import Finding, Target, Unreadable
+from roles.core.steps import Shell
+from roles.storage import depot, role, shared_path
+from roles.storage.probe import (
+    SCRIPT,
+    TOKEN_FILE,
+    Mark,
+    Mount,
+    StorageState,
+    parse,
+    probe,
+    unescaped,
+)
+from roles.storage.proof import proof
+from roles.storage.spec import StorageSpec
+
+ROOT = Path(__file__).parents[4]
+RECORDED = Path(__file__).parent / "recorded"
+NAMES = ("node1", "node2", "node3")
+NODES = {name: Node(name=name, address=f"10.77.164.1{n}") for n, name in enumerate(NAMES, 1)}
+SPEC = StorageSpec(kind="existing", path="/shared")
+CLUSTER = Cluster("lab164", Path("lab.yaml"), NODES, sections={"storage": SPEC})
+TARGETS = {name: Target(CLUSTER, node, SPEC) for name, node in NODES.items()}
+HEAD, WORKER = TARGETS["node1"], TARGETS["node2"]
+MARK = Mark("5eed" * 8, "77", "1700000000")
+TOKENS = {name: f"{number}" * 32 for number, name in enumerate(NAMES, 1)}
+
+
+def state(name: str, **changes: Any) -> StorageState:
+    """A node that sees everybody's token on a storage mounted over NFS."""
+    right = StorageState(
+        access="yes",
+        real="/shared",
+        mount=Mount("/shared", "nfs4", "10.0.0.1:/srv", ("rw", "hard")),
+        writable=True,
+        free=50_000,
+        inodes=1_000_000,
+        mark=MARK,
+        token=TOKENS[name],
+        tokens={node: (token,) for node, token in TOKENS.items()},
+    )
+    return replace(right, **changes)
+
+
+ALL = {name: state(name) for name in NAMES}
+
+
+def findings(name: str, seen: StorageState, **peers: StorageState | None) -> list[Finding]:
+    others = {**{node: other for node, other in ALL.items() if node != name}, **peers}
+    return role.drift(TARGETS[name], seen, {node: one for node, one in others.items() if one})
+
+
+def ids(name: str, seen: StorageState, **peers: StorageState | None) -> list[str]:
+    return [found.id for found in findings(name, seen, **peers)]
+
+
+def script(name: str, seen: StorageState, **peers: StorageState | None) -> str:
+    found = [one for one in findings(name, seen, **peers) if one.repairable]
+    others = {node: other for node, other in {**ALL, **peers}.items() if node != name and other}
+    steps = role.converge(TARGETS[name], seen, others, found)
+    return "\n".join(step.command for step in steps if isinstance(step, Shell))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nodes_that_share_one_directory_have_no_drift(name: str) -> None:
+    assert ids(name, ALL[name]) == [] and script(name, ALL[name]) == ""
+
+
+def test_the_recorded_lab_nodes_have_no_drift() -> None:
+    two = {name: NODES[name] for name in NAMES[:2]}
+    cluster = replace(CLUSTER, nodes=two)
+    seen = {
+        name: parse((RECORDED / f"debian12-{name}.txt").read_text().rstrip("\n")) for name in two
+    }
+    for name, other in (("node1", "node2"), ("node2", "node1")):
+        assert role.drift(Target(cluster, two[name], SPEC), seen[name], {other: seen[other]}) == []
+        assert role.drift(Target(cluster, two[name], SPEC), seen[name], {}) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "id"),
+    [
+        ({"access": "absent"}, "storage-missing"),
+        ({"access": "stale"}, "nfs-stale-handle"),
+        ({"mount": Mount("/", "ext4", "/dev/sda1", ("rw",))}, "storage-not-mounted"),
+        ({"mount": Mount("/data", "xfs", "/dev/sdb", ("rw",)), "real": "/data/shared"}, "storage-not-mounted"),
+        ({"mount": Mount("/shared", "nfs4", "s:/x", ("ro", "hard"))}, "storage-read-only"),
+        ({"mount": Mount("/shared", "ext4", "/dev/sdb", ("rw", "ro"))}, "storage-read-only"),
+        ({"writable": False}, "storage-not-writable"),
+        ({"free": 1023}, "storage-full"),
+        ({"inodes": 999}, "storage-inodes"),
+    ],
+)  # fmt: skip
+def test_what_only_the_user_can_mend_is_told_and_nothing_is_written(
+    changes: dict[str, Any], id: str
+) -> None:
+    seen = state("node2", **changes)
+    found = findings("node2", seen)
+    assert [one.id for one in found] == [id]
+    assert not found[0].repairable and script("node2", seen) == ""
+
+
+@pytest.mark.parametrize("name", ["node1", "node2"])
+def test_an_empty_directory_in_place_of_the_mount_is_never_written(name: str) -> None:
+    plain = state(
+        name, mount=Mount("/", "ext4", "/dev/sda1", ("rw",)), mark=None, token=None, tokens={}
+    )
+    found = findings(name, plain, node1=None, node2=None, node3=None)
+    assert [one.id for one in found] == ["storage-not-mounted"] and "mount it" in found[0].fix
+    assert script(name, plain) == ""
+
+
+@pytest.mark.parametrize(
+    "mount",
+    [
+        Mount("/shared", "ext4", "/dev/vda", ("rw",)),
+        Mount("/mnt", "nfs4", "s:/x", ("rw",)),
+        Mount("/mnt", "lustre", "10@o2ib:/x", ("rw",)),
+        Mount("/mnt", "fuse.juicefs", "JuiceFS:x", ("rw",)),
+    ],
+)
+def test_a_mount_of_its_own_or_a_folder_in_a_shared_file_system_counts_as_mounted(
+    mount: Mount,
+) -> None:
+    assert ids("node2", state("node2", mount=mount)) == []
+
+
+def test_the_nfs_server_itself_may_use_the_plain_directory_that_it_exports() -> None:
+    plain = Mount("/", "xfs", "/dev/sda1", ("rw",))
+    assert ids("node1", state("node1", mount=plain, exported=True)) == []
+    lost = state("node1", mount=plain, exported=True, mark=None, tokens={})
+    assert ids("node1", lost, node2=None, node3=None) == ["storage-lost"]
+
+
+def test_a_single_node_may_use_a_plain_directory() -> None:
+    cluster = replace(CLUSTER, nodes={"node1": NODES["node1"]})
+    plain = state("node1", mount=Mount("/", "ext4", "/dev/sda1", ("rw",)))
+    assert role.drift(Target(cluster, NODES["node1"], SPEC), plain, {}) == []
+    fresh = replace(plain, mark=None, token=None, tokens={})
+    found = role.drift(Target(cluster, NODES["node1"], SPEC), fresh, {})
+    assert [one.id for one in found] == ["storage-mark", "storage-token"]
+
+
+def test_the_head_marks_a_fresh_storage_and_the_workers_wait_for_it() -> None:
+    fresh = {name: state(name, mark=None, token=None, tokens={}) for name in NAMES}
+    assert ids("node1", fresh["node1"], node2=fresh["node2"], node3=fresh["node3"]) == [
+        "storage-mark",
+        "storage-token",
+    ]
+    assert ids("node2", fresh["node2"], node1=fresh["node1"], node3=fresh["node3"]) == [
+        "storage-token"
+    ]
+    assert ids("node2", fresh["node2"], node1=None, node3=None) == []
+
+
+def test_a_worker_leaves_no_token_while_the_heads_storage_is_unusable() -> None:
+    fresh = state("node2", mark=None, token=None, tokens={})
+    absent = StorageState("absent")
+    assert ids("node2", fresh, node1=absent, node3=None) == []
+
+
+def test_a_worker_writes_only_after_it_sees_the_heads_mark() -> None:
+    steps = script("node2", state("node2", mark=None, token=None, tokens={}))
+    assert steps.index("is not the directory that node1 sees") < steps.index(".lockstep/nodes")
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"token": None}, "storage-token"),
+        ({"tokens": {}}, "storage-token"),
+        ({"tokens": {**{n: (t,) for n, t in TOKENS.items()}, "node2": ("f" * 32,)}}, "storage-token"),
+        ({"open": (".lockstep",)}, "storage-modes"),
+    ],
+)  # fmt: skip
+def test_own_marks_that_are_missing_are_written(changes: dict[str, Any], names: str) -> None:
+    seen = state("node2", **changes)
+    assert ids("node2", seen) == [names] and script("node2", seen)
+
+
+def test_another_id_than_on_the_head_is_another_storage() -> None:
+    other = state("node2", mark=replace(MARK, id="0" * 32))
+    found = findings("node2", other)
+    assert [one.id for one in found] == ["storage-different"]
+    assert not found[0].repairable and "node1" in found[0].seen and script("node2", other) == ""
+
+
+def test_a_copy_with_the_same_content_is_found_out() -> None:
+    copied = state("node2", mark=replace(MARK, inode="12", changed="1700009999"))
+    assert ids("node2", copied) == ["storage-different"]
+
+
+def test_other_inode_numbers_or_a_remembered_time_alone_prove_nothing() -> None:
+    assert ids("node2", state("node2", mark=replace(MARK, inode="12"))) == []
+    assert ids("node2", state("node2", mark=replace(MARK, changed="1700009999"))) == []
+
+
+def test_two_nodes_that_do_not_see_each_others_tokens_are_apart() -> None:
+    mine = state("node2", tokens={"node2": (TOKENS["node2"],)})
+    head = state("node1", tokens={"node1": (TOKENS["node1"],)})
+    assert ids("node2", mine, node1=head) == ["storage-different"]
+
+
+def test_a_token_that_was_written_a_moment_ago_is_no_difference() -> None:
+    older_look = state("node2", tokens={"node2": (TOKENS["node2"],)})
+    assert ids("node2", older_look) == []
+    assert ids("node3", ALL["node3"], node2=state("node2", token="a" * 32)) == []
+
+
+def test_the_node_that_deviates_from_the_head_is_named_and_the_others_are_not() -> None:
+    other = state("node3", mark=replace(MARK, id="0" * 32))
+    assert ids("node1", ALL["node1"], node3=other) == []
+    assert ids("node2", ALL["node2"], node3=other) == []
+    assert ids("node3", other) == ["storage-different"]
+
+
+def test_a_head_that_does_not_see_what_the_workers_see_is_not_marked_anew() -> None:
+    blind = state("node1", mark=None, tokens={})
+    found = findings("node1", blind)
+    assert [one.id for one in found] == ["storage-different"] and not found[0].repairable
+    assert script("node1", blind) == ""
+
+
+def test_a_worker_that_lost_sight_of_the_mark_looks_again_before_it_fails() -> None:
+    found = findings("node2", state("node2", mark=None, tokens={}))
+    assert [one.id for one in found] == ["storage-different", "storage-token"]
+    assert all(one.repairable for one in found)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_dead_peers_change_nothing(name: str) -> None:
+    assert ids(name, ALL[name], node1=None, node2=None, node3=None) == []
+
+
+def test_a_full_disk_does_not_hide_that_a_token_is_missing() -> None:
+    assert ids("node2", state("node2", free=0, token=None)) == ["storage-full", "storage-token"]
+
+
+def test_an_nfs_client_with_a_space_in_its_mount_point_is_read() -> None:
+    seen = parse((RECORDED / "nfs-client.txt").read_text().rstrip("\n"))
+    assert seen.mount is not None and seen.mount.point == "/mnt/my data"
+    assert (seen.mount.source, seen.mount.kind) == ("192.168.20.14:/srv/ai", "nfs4")
+    assert seen.free == 902144 and seen.mark is None and "hard" in seen.mount.options
+
+
+def test_a_file_system_without_inode_limit_and_a_server_are_read() -> None:
+    seen = parse((RECORDED / "nfs-server.txt").read_text().rstrip("\n"))
+    assert seen.inodes is None and seen.exported and seen.token is None
+
+
+def test_octal_codes_of_mountinfo_are_decoded_once() -> None:
+    assert unescaped(r"/a\040b\011c\134040d") == "/a b\tc\\040d"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "nonsense",
+        "token\naccess maybe\nend",
+        "token \naccess yes\nreal /x\nend",
+        "token \naccess yes\nreal /x\nmount x\nexported no\nwritable yes\nspace 1 1 1 1\nend",
+        "token \naccess yes\nreal /x\nmount / a b rw\nexported no\nwritable yes\nspace 1 1 1\nend",
+        "token \naccess absent\nseen node1\nend",
+    ],
+)
+def test_garbage_is_unreadable_and_never_a_state(text: str) -> None:
+    with pytest.raises((Unreadable, KeyError, ValueError, IndexError)):
+        parse(text)
+
+
+def test_a_token_that_is_no_token_counts_as_none() -> None:
+    assert parse("token ../../etc\naccess absent\nend").token is None
+
+
+@pytest.mark.parametrize("path", ["/", "/etc", "/proc/1", "/tmp"])
+def test_a_directory_of_the_system_is_refused_in_the_cluster_file(path: str) -> None:
+    spec = StorageSpec(kind="existing", path=path)
+    assert [key for key, _ in spec.problems(CLUSTER)] == ["path"]
+
+
+def test_the_spec_is_strict() -> None:
+    assert list(SPEC.problems(CLUSTER)) == []
+    for wrong in ({"kind": "nfs"}, {"path": "shared"}, {"free": -1}, {"free": "1"}):
+        with pytest.raises(ValidationError):
+            StorageSpec.model_validate({"kind": "existing", "path": "/shared", **wrong})
+
+
+def test_colleagues_learn_where_the_shared_storage_and_the_depot_are() -> None:
+    assert (shared_path(CLUSTER), depot(CLUSTER)) == ("/shared", "/shared/.lockstep")
+    without = replace(CLUSTER, sections={})
+    assert (shared_path(without), depot(without)) == (None, None)
+
+
+# What follows runs the shell text itself, on directories of this machine.
+
+SHELLS = [shell for shell in ("dash", "bash", "busybox") if shutil.which(shell)]
+
+
+def sh(text: str, shell: str = "sh", **env: str) -> subprocess.CompletedProcess[str]:
+    argv = ["busybox", "sh"] if shell == "busybox" else [shell]
+    return subprocess.run(
+        [*argv, "-c", text], env={**os.environ, **env}, capture_output=True, text=True, check=False
+    )
+
+
+def look(path: Path, own: Path, shell: str = "sh") -> StorageState:
+    text = f"path='{path}' own='{own}' cluster=lab164\n{SCRIPT}"
+    done = sh(text, shell)
+    assert (done.returncode, done.stderr) == (0, "")
+    return parse(done.stdout.rstrip("\n"))
+
+
+def carry_out(
+    target: Target[StorageSpec], seen: StorageState, peers: dict[str, StorageState], own: Path
+) -> subprocess.CompletedProcess[str]:
+    found = [one for one in role.drift(target, seen, peers) if one.repairable]
+    steps = [
+        step.command
+        for step in role.converge(target, seen, peers, found)
+        if isinstance(step, Shell)
+    ]
+    text = (
+        "\n".join(f"({step})" for step in steps)
+        .replace(TOKEN_FILE, str(own))
+        .replace(str(Path(TOKEN_FILE).parent), str(own.parent))
+    )
+    return sh(f"set -e\n{text}")
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_the_probe_tells_an_absent_path_from_an_empty_one(tmp_path: Path, shell: str) -> None:
+    assert look(tmp_path / "none", tmp_path / "token", shell).access == "absent"
+    (tmp_path / "file").touch()
+    assert look(tmp_path / "file", tmp_path / "token", shell).access == "absent"
+    (tmp_path / "a b").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "a b")
+    seen = look(tmp_path / "link", tmp_path / "token", shell)
+    assert seen.real == str(tmp_path / "a b") and seen.mark is None and seen.tokens == {}
+    assert seen.mount is not None and str(tmp_path).startswith(seen.mount.point.rstrip("/"))
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_two_nodes_on_one_directory_agree_and_a_plain_copy_does_not(
+    tmp_path: Path, shell: str
+) -> None:
+    shared, copy = tmp_path / "shared", tmp_path / "copy"
+    shared.mkdir()
+    spec = StorageSpec(kind="existing", path=str(shared))
+    single = {
+        name: Target(replace(CLUSTER, nodes={name: NODES[name]}), NODES[name], spec)
+        for name in NAMES
+    }
+    own = {name: tmp_path / name / "token" for name in NAMES}
+    for name in ("node1", "node2"):
+        done = carry_out(single[name], look(shared, own[name]), {}, own[name])
+        assert done.returncode == 0, done.stderr
+    seen = {name: look(shared, own[name], shell) for name in ("node1", "node2")}
+    assert seen["node1"].mark == seen["node2"].mark and seen["node1"].open == ()
+    assert set(seen["node1"].tokens) == {"node1", "node2"}
+    assert own["node1"].stat().st_mode & 0o777 == 0o600
+    pair = Target(CLUSTER, NODES["node2"], spec)
+    mounted = {
+        name: replace(one, mount=Mount(str(shared), "nfs4", "s:/x", ("rw",)))
+        for name, one in seen.items()
+    }
+    assert role.drift(pair, mounted["node2"], {"node1": mounted["node1"]}) == []
+    shutil.copytree(shared, copy)
+    assert mounted["node1"].mark is not None
+    copied = look(copy, own["node2"], shell)
+    assert copied.mark is not None and copied.mark.id == mounted["node1"].mark.id
+    assert copied.mark.inode != mounted["node1"].mark.inode
+    assert copied.tokens == seen["node2"].tokens
+
+
+def test_writing_the_marks_again_changes_nothing(tmp_path: Path) -> None:
+    spec = StorageSpec(kind="existing", path=str(tmp_path))
+    target = Target(replace(CLUSTER, nodes={"node1": NODES["node1"]}), NODES["node1"], spec)
+    own = tmp_path.parent / f"{tmp_path.name}-own" / "token"
+    first = look(tmp_path, own)
+    assert carry_out(target, first, {}, own).returncode == 0
+    after = look(tmp_path, own)
+    assert role.drift(target, after, {}) == []
+    assert carry_out(target, first, {}, own).returncode == 0
+    again = look(tmp_path, own)  # others use the disk meanwhile
+    assert replace(again, free=0, inodes=0) == replace(after, free=0, inodes=0)
+
+
+def test_a_step_writes_nothing_where_the_mount_of_the_look_is_gone(tmp_path: Path) -> None:
+    spec = StorageSpec(kind="existing", path=str(tmp_path))
+    target = Target(CLUSTER, NODES["node1"], spec)
+    seen = state(
+        "node1",
+        real=str(tmp_path),
+        mount=Mount(str(tmp_path), "nfs4", "s:/x", ("rw",)),
+        mark=None,
+        token=None,
+        tokens={},
+    )
+    done = carry_out(target, seen, {}, tmp_path.parent / f"{tmp_path.name}-own" / "token")
+    assert done.returncode == 1 and "is no longer mounted" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("ssh", "printed"),
+    [
+        ('shift 5; node=$1; shift; exec sh -c "$*"', ""),
+        ("exit 255", ""),
+        ("echo other", "storage-different\tnode2 does not see at {path} what the head wrote there a moment ago\n"),
+        ("exit 1", "storage-different\tnode2 does not see at {path} what the head wrote there a moment ago\n"),
+    ],
+)  # fmt: skip
+def test_the_proof_finds_a_node_that_does_not_see_what_the_head_writes_now(
+    tmp_path: Path, ssh: str, printed: str
+) -> None:
+    path = tmp_path / "it's shared"
+    (path / ".lockstep").mkdir(parents=True)
+    (path / ".lockstep/id").write_text("x\n")
+    fake = tmp_path / "ssh"
+    fake.write_text(f"#!/bin/sh\n{ssh}\n")
+    fake.chmod(0o755)
+    nodes = {name: NODES[name] for name in NAMES[:2]}
+    target = Target(
+        replace(CLUSTER, nodes=nodes), NODES["node1"], StorageSpec(kind="existing", path=str(path))
+    )
+    done = sh(proof(target), PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert done.stdout == printed.format(path=path) and done.returncode == 0
+    assert [file.name for file in (path / ".lockstep").iterdir()] == ["id"]
+
+
+def test_the_proof_is_the_heads_and_writes_nothing_without_the_mark(tmp_path: Path) -> None:
+    assert proof(WORKER) == "true" and role.crossing
+    target = Target(CLUSTER, NODES["node1"], StorageSpec(kind="existing", path=str(tmp_path)))
+    assert sh(proof(target)).returncode == 1 and list(tmp_path.iterdir()) == []
+
+
+def test_paths_reach_the_shell_quoted() -> None:
+    spec = StorageSpec(kind="existing", path="/mnt/a b$(touch /x)")
+    assert "path='/mnt/a b$(touch /x)'" in probe(Target(CLUSTER, NODES["node1"], spec))
+
+
+def test_every_finding_and_every_fault_has_a_symptom_whose_patterns_compile() -> None:
+    symptoms = yaml.safe_load((ROOT / "roles/storage/symptoms.yaml").read_text())
+    known = {symptom["id"] for symptom in symptoms}
+    text = (ROOT / "roles/storage/drift.py").read_text()
+    named = set(re.findall(r'"((?:storage|nfs)-[a-z-]+)"', text))
+    faults = yaml.safe_load((ROOT / "tests/lab/faults/storage.yaml").read_text())
+    assert "storage-lost" in named and named | {fault["id"] for fault in faults} <= known
+    for symptom in symptoms:
+        for pattern in symptom["log"]:
+            re.compile(pattern)

@@ -1,0 +1,399 @@
+"""Whole runs of toy roles through pyinfra's own operations, on nodes that are folders of this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from paramiko import SSHException
+from pyinfra.api import Config, Inventory, State
+from pyinfra.api.connect import connect_all
+from pyinfra.api.exceptions import PyinfraError
+from pyinfra.api.operations import run_ops
+from pyinfra.api.state import StateStage
+from pyinfra.context import ctx_host, ctx_state
+
+from inventory.base import Spec
+from inventory.cluster import Cluster, Node
+from inventory.local_connector import ThisMachine
+from roles import converge as converging
+from roles.converge import Run
+from roles.core import session
+from roles.core.role import Finding, Peers, Role, Target, Unreadable
+from roles.core.steps import Shell, Step
+from roles.core.upload import Upload
+from roles.verify import EXIT_CODES, Report, check_node, compare
+
+NAMES = ("node1", "node2")
+
+
+class Recorded(ThisMachine):
+    """The control machine under a node's name; keeps the commands, and breaks when asked to."""
+
+    ran: dict[str, list[str]] = {}
+    breaks: dict[str, Exception] = {}
+
+    def run_shell_command(self, command: Any, *arguments: Any, **more: Any) -> Any:
+        self.ran.setdefault(self.host.name, []).append(str(command))
+        if broken := self.breaks.get(self.host.name):
+            raise broken
+        return super().run_shell_command(command, *arguments, **more)
+
+
+@pytest.fixture(autouse=True)
+def _connector(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("get_all_connectors", "get_execution_connectors"):
+        monkeypatch.setattr(f"pyinfra.api.inventory.{name}", lambda: {"ssh": Recorded})
+    monkeypatch.setattr(Recorded, "ran", {})
+    monkeypatch.setattr(Recorded, "breaks", {})
+
+
+@dataclass
+class Lab:
+    """Nodes, the roles of a run, and what was said. Each node's folder holds its files."""
+
+    folder: Path
+    said: list[str]
+    sections: dict[str, Spec] = field(default_factory=dict)
+    names: Sequence[str] = NAMES
+
+    def has(self, node: str, name: str) -> bool:
+        return (self.folder / node / name).exists()
+
+    def state(self, roles: Sequence[Role[Any, Any]], limit: Sequence[str] = ()) -> State:
+        nodes = {
+            name: Node(name=name, address=f"10.0.0.{number}")
+            for number, name in enumerate(self.names, 1)
+        }
+        cluster = Cluster("toys", self.folder / "cluster.yaml", nodes, sections=self.sections)
+        inventory = Inventory((list(self.names), {}))
+        chosen = [inventory.get_host(name) for name in limit] or None
+        state = State(inventory, Config(PARALLEL=9), initial_limit=chosen)
+        Run._runs[state] = Run(cluster, roles)
+        return state
+
+    def run(
+        self,
+        *roles: Role[Any, Any],
+        dry: bool = False,
+        ask: bool = False,
+        limit: Sequence[str] = (),
+    ) -> State:
+        """As ``pyinfra inventory.py deploy/cluster.py -y``; dry: ``--dry``; ask: without ``-y``."""
+        state = self.state(roles, limit)
+        state.check_for_changes = dry or ask
+        state.set_stage(StateStage.Connect)
+        connect_all(state)
+        state.set_stage(StateStage.Prepare)
+        for node in list(state.inventory.get_active_hosts()):
+            with ctx_state.use(state), ctx_host.use(node):
+                for role in roles:
+                    converging.converge(role)
+        if not dry:
+            state.set_stage(StateStage.Execute)
+            with suppress(PyinfraError):  # pyinfra's command prints it: no hosts remaining
+                run_ops(state)
+        return state
+
+
+@pytest.fixture
+def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lab:
+    said: list[str] = []
+    monkeypatch.setattr(
+        session, "say", lambda node, line, colour=None: said.append(f"{node.name} {line}")
+    )
+    for name in NAMES:
+        (tmp_path / name).mkdir()
+    return Lab(tmp_path, said)
+
+
+def toy(
+    lab: Lab,
+    name: str,
+    steps: Callable[[str], list[Step]] | None = None,
+    parse: Callable[[str], Any] = str.strip,
+    findings: Callable[[Finding], list[Finding]] = lambda found: [found],
+    **more: Any,
+) -> Role[Any, Any]:
+    """A role that wants a file of its name in the node's folder."""
+
+    def drift(target: Target[Any], state: str, peers: Peers) -> list[Finding]:
+        return [] if state == "yes" else findings(Finding(f"{name}-missing", "yes", state, "made"))
+
+    def converge(target: Target[Any], *rest: Any) -> Any:
+        path = f"{lab.folder}/{target.node.name}/{name}"
+        yield from steps(target.node.name) if steps else [Shell(f"touch {path}")]
+
+    return Role(
+        name=name,
+        spec=Spec,
+        default=Spec(),
+        probe=lambda target: (
+            f"if test -e {lab.folder}/{target.node.name}/{name}; then echo yes; else echo no; fi"
+        ),
+        parse=parse,
+        drift=drift,
+        converge=converge,
+        **more,
+    )
+
+
+def last(lab: Lab, **more: Any) -> Role[Any, Any]:
+    """The role at the end of every run, which fails nodes that are not right; it wants nothing."""
+    return replace(
+        toy(lab, "last", together=lambda cluster: (), **more), drift=lambda *arguments: []
+    )
+
+
+def failed(state: State) -> list[str]:
+    return sorted(node.name for node in state.failed_hosts)
+
+
+def test_roles_are_brought_right_and_a_second_run_sends_each_node_one_command(lab: Lab) -> None:
+    roles = (toy(lab, "a"), toy(lab, "b"), last(lab))
+    assert not failed(lab.run(*roles))
+    assert all(lab.has(node, role) for node in NAMES for role in "ab")
+    Recorded.ran.clear()
+    assert not failed(lab.run(*roles))
+    assert {node: len(ran) for node, ran in Recorded.ran.items()} == {"node1": 1, "node2": 1}
+
+
+def test_every_node_registers_the_same_operations_in_the_same_order(lab: Lab) -> None:
+    (lab.folder / "node1/a").touch()
+    lab.sections = {"b": Spec(manage="unmanaged")}
+    state = lab.run(toy(lab, "a"), toy(lab, "b"), toy(lab, "c", needs=("a",)), dry=True)
+    first, second = (node.op_hash_order for node in state.inventory)
+    assert len(first) == 3 and first == second
+
+
+def test_a_dry_run_says_what_differs_and_sends_nothing_but_the_look(lab: Lab) -> None:
+    lab.run(toy(lab, "a"), toy(lab, "b", needs=("a",)), dry=True)
+    assert {node: len(ran) for node, ran in Recorded.ran.items()} == {"node1": 1, "node2": 1}
+    assert not lab.has("node1", "a")
+    assert "node1 a: a-missing: want yes, seen no; made" in lab.said
+
+
+def test_what_is_looked_at_while_the_user_is_asked_is_looked_at_again(lab: Lab) -> None:
+    unrepairable = [True]
+
+    def for_user(found: Finding) -> list[Finding]:
+        return [replace(found, repairable=not unrepairable.pop() if unrepairable else True)]
+
+    roles = (toy(lab, "a", findings=for_user), toy(lab, "b", needs=("a",)), last(lab))
+    lab.names = ("node1",)
+    assert not failed(lab.run(*roles, ask=True))
+    assert lab.has("node1", "a") and lab.has("node1", "b")
+
+
+def test_a_dry_run_judges_nothing_that_an_earlier_role_may_mend(lab: Lab) -> None:
+    def parse(text: str) -> Any:
+        raise Unreadable("no such tool")
+
+    b = toy(lab, "b", needs=("a",), findings=lambda found: [replace(found, repairable=False)])
+    c, d = toy(lab, "c", needs=("b",)), toy(lab, "d", needs=("a",), parse=parse)
+    dry = lab.run(toy(lab, "a"), b, c, d, dry=True)
+    assert [change_of(dry, number) for number in range(4)] == [True] * 4
+    assert "node1 b: b-missing: want yes, seen no; made" in lab.said
+    assert not any("left alone" in line for line in lab.said)
+
+
+def change_of(state: State, operation: int) -> bool:
+    node = state.inventory.get_host("node1")
+    meta = state.ops[node][node.op_hash_order[operation]].operation_meta
+    return bool(meta._maybe_is_change)
+
+
+def test_a_checked_role_is_reported_never_changed_and_fails_the_node_at_the_end(lab: Lab) -> None:
+    lab.sections = {"a": Spec(manage="check")}
+    roles = (toy(lab, "a"), toy(lab, "b", needs=("a",)), toy(lab, "c"), last(lab))
+    dry = lab.run(*roles, dry=True)
+    assert [change_of(dry, number) for number in range(3)] == [False, False, True]
+    assert failed(lab.run(*roles)) == ["node1", "node2"]
+    assert not lab.has("node1", "a") and not lab.has("node1", "b") and lab.has("node1", "c")
+    assert "node1 a: a-missing: want yes, seen no (checked, not managed)" in lab.said
+    assert "node1 b: left alone, because it needs a" in lab.said
+    assert "node1 not right on this node: a, b (see above)" in lab.said
+
+
+def test_what_only_the_user_can_mend_blocks_and_a_dry_run_counts_no_change(lab: Lab) -> None:
+    a = toy(lab, "a", findings=lambda found: [replace(found, repairable=False, fix="do it")])
+    assert not change_of(lab.run(a, dry=True), 0)
+    assert failed(lab.run(a, last(lab))) == ["node1", "node2"]
+    assert "node1 a: a-missing: want yes, seen no; do it" in lab.said
+    assert failed(lab.run(a, last(lab), limit=["node2"])) == ["node2"]
+
+
+def test_a_repair_that_would_disturb_waits_and_is_no_failure(lab: Lab) -> None:
+    a = toy(lab, "a", findings=lambda found: [replace(found, disturbs=True)])
+    busy = replace(last(lab), busy=lambda state: "job light")
+    assert not change_of(lab.run(a, busy, dry=True), 0)
+    assert not failed(lab.run(a, busy))
+    assert not lab.has("node1", "a")
+    assert any(
+        "a: a-missing" in line and "because job light runs here" in line for line in lab.said
+    )
+
+
+def test_unmanaged_everywhere_looks_at_nothing_of_it_and_changes_nothing(lab: Lab) -> None:
+    lab.sections = {name: Spec(manage="unmanaged") for name in ("a", "b", "last")}
+    assert not failed(lab.run(toy(lab, "a"), toy(lab, "b", needs=("a",)), last(lab)))
+    assert Recorded.ran == {} and not lab.said
+
+
+def test_a_change_that_does_not_help_fails_the_node_and_says_what_is_left(lab: Lab) -> None:
+    useless = toy(lab, "a", steps=lambda node: [Shell("true")])
+    assert failed(lab.run(useless, toy(lab, "b"))) == ["node1", "node2"]
+    assert "node1 a: still there after converging: a-missing: want yes, seen no" in lab.said
+    assert not lab.has("node1", "b")
+
+
+def test_what_a_repair_uncovers_is_repaired_in_the_same_run(lab: Lab) -> None:
+    """As a start that nobody goes on with, which after its wait is a job to resume."""
+    role = toy(lab, "a")
+
+    def drift(target: Target[Any], state: str, peers: Peers) -> list[Finding]:
+        if state == "yes":
+            return []
+        waited = lab.has(target.node.name, "waited")
+        return [Finding("interrupted" if waited else "starting", "yes", state, "mended")]
+
+    def converge(target: Target[Any], state: Any, peers: Any, findings: Sequence[Finding]) -> Any:
+        made = "a" if findings[0].id == "interrupted" else "waited"
+        yield Shell(f"touch {lab.folder}/{target.node.name}/{made}")
+
+    assert not failed(lab.run(replace(role, drift=drift, converge=converge), last(lab)))
+    assert all(lab.has(node, "a") for node in NAMES)
+
+
+def test_a_failing_step_fails_its_node_only(lab: Lab) -> None:
+    def steps(node: str) -> list[Step]:
+        broken = "echo no space left >&2; exit 1" if node == "node1" else "true"
+        return [Shell(f"{broken}\ntouch {lab.folder}/{node}/a")]
+
+    assert failed(lab.run(toy(lab, "a", steps=steps), toy(lab, "b"))) == ["node1"]
+    assert "node1 no space left" in lab.said
+    assert lab.has("node2", "b") and not lab.has("node1", "b")
+
+
+@pytest.mark.parametrize(
+    "error", [TypeError("odd"), AttributeError("odd"), KeyError("odd"), Unreadable("odd")]
+)
+def test_a_parser_that_fails_in_any_way_blocks_its_role_and_those_that_need_it(
+    lab: Lab, error: Exception
+) -> None:
+    def parse(text: str) -> Any:
+        raise error
+
+    roles = (toy(lab, "a", parse=parse), toy(lab, "b", needs=("a",)), toy(lab, "c"), last(lab))
+    assert failed(lab.run(*roles)) == ["node1", "node2"]
+    assert not lab.has("node1", "a") and not lab.has("node1", "b") and lab.has("node1", "c")
+    assert any(line.startswith("node1 a: left alone") and "odd" in line for line in lab.said)
+
+
+def test_a_role_that_cannot_be_read_after_its_own_change_fails_the_node_not_the_run(
+    lab: Lab,
+) -> None:
+    def parse(text: str) -> str:
+        if text == "yes":
+            raise ValueError("half a line")
+        return text
+
+    assert failed(lab.run(toy(lab, "a", parse=parse), toy(lab, "b"))) == ["node1", "node2"]
+    assert any("half a line" in line for line in lab.said)
+
+
+@pytest.mark.parametrize(
+    "error", [EOFError(), OSError("reset"), TimeoutError(), SSHException("not active")]
+)
+@pytest.mark.parametrize("dry", [False, True])
+def test_a_node_whose_connection_breaks_is_looked_at_once_and_the_others_go_on(
+    lab: Lab, error: Exception, dry: bool
+) -> None:
+    Recorded.breaks["node1"] = error
+    assert failed(lab.run(toy(lab, "a"), toy(lab, "b"), dry=dry)) == ["node1"]
+    assert len(Recorded.ran["node1"]) == 1
+    assert lab.has("node2", "b") is not dry
+    assert len([line for line in lab.said if line.startswith("node1 ")]) == 1
+
+
+def test_the_head_goes_first_where_the_others_read_what_it_publishes(lab: Lab) -> None:
+    def steps(node: str) -> list[Step]:
+        path = f"{lab.folder}/node1/a"
+        if node == "node1":
+            return [Shell(f"sleep 0.3; touch {path}")]
+        return [Shell(f"test -e {path}; touch {lab.folder}/{node}/a")]
+
+    assert not failed(lab.run(toy(lab, "a", steps=steps, head_first=True)))
+    (lab.folder / "node2/a").unlink()
+    assert not failed(lab.run(toy(lab, "a", steps=steps, head_first=True), limit=["node2"]))
+    assert lab.has("node2", "a")
+
+
+def test_a_failed_proof_fails_the_node_in_its_own_words(lab: Lab) -> None:
+    a = toy(lab, "a", proof=lambda target: r"printf 'torch-import\tno module torch\n'")
+    assert failed(lab.run(a)) == ["node1", "node2"]
+    assert "node1 a: torch-import: no module torch" in lab.said
+
+
+def test_bytes_that_are_no_utf_8_do_not_make_a_node_unreadable(lab: Lab) -> None:
+    a = replace(
+        toy(lab, "a"),
+        probe=lambda target: r"printf 'caf\351 \344\275\240\n'",
+        drift=lambda target, state, peers: [Finding("a", "x", state, "y", repairable=False)],
+    )
+    lab.run(a)
+    assert "node1 a: a: want x, seen caf 你; y" in lab.said
+
+
+def test_a_file_reaches_the_control_machine_as_a_node_of_a_user_with_sudo(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.getuid", lambda: 1234)
+    monkeypatch.setattr(Recorded, "put_file", lambda *arguments, **more: False)
+    node = lab.state(()).inventory.get_host("node1")
+    node.connect()
+    with pytest.raises(session.NodeFailed, match="could not be copied"):
+        from roles.core.upload import upload
+
+        upload(node, Upload(Path(__file__), f"{lab.folder}/node1/file", "0" * 64))
+    assert "chown 1234 " in Recorded.ran["node1"][0]
+
+
+def report_of(lab: Lab, *roles: Role[Any, Any]) -> Report:
+    state = lab.state(roles)
+    looks, nodes = Run.of(state).looks, list(state.inventory)
+    findings = [wrong for node in nodes for wrong in check_node(looks, node)]
+    return Report(findings, compare(looks, nodes))
+
+
+def seen(report: Report) -> list[tuple[str, str, str]]:
+    return [(wrong.node, wrong.role, wrong.id) for wrong in report.findings]
+
+
+def test_verify_lists_only_what_is_wrong_and_runs_proofs_only_where_nothing_differs(
+    lab: Lab,
+) -> None:
+    (lab.folder / "node1/a").touch()
+    a = toy(lab, "a", proof=lambda target: r"printf 'a-broken\tit does not start\n'")
+    report = report_of(lab, a)
+    assert seen(report) == [("node1", "a", "a-broken"), ("node2", "a", "a-missing")]
+    assert report.verdict == "drift" and EXIT_CODES[report.verdict] == 1
+    assert lab.has("node1", "a") and not lab.has("node2", "a")
+
+
+def test_verify_of_right_nodes_is_ok_and_of_a_silent_one_unreadable(lab: Lab) -> None:
+    for node in NAMES:
+        (lab.folder / node / "a").touch()
+    assert report_of(lab, toy(lab, "a")).as_json() == {
+        "verdict": "ok",
+        "findings": [],
+        "identity": [],
+    }
+    Recorded.breaks["node2"] = EOFError()
+    report = report_of(lab, toy(lab, "a"))
+    assert seen(report) == [("node2", "node", "unreadable")]
+    assert report.verdict == "unreadable" and EXIT_CODES[report.verdict] == 2
