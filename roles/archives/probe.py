@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from roles.core.role import Target, Unreadable
+from roles.core.role import Target, Unreadable, whole
 from roles.core.steps import quote
 from roles.environment import parcel
 from roles.environment.probe import archive_of, parcel_of, stamp_values
@@ -35,20 +35,18 @@ def probe(target: Target[Environments]) -> str:
     return "".join([*parts, parcel.probe(parcels, target.cluster), "echo end\n"])
 
 
+@whole
 def parse(text: str) -> ArchivesState:
     """The state that ``probe`` printed."""
-    lines = text.split("\n")
-    if lines[-1] != "end":
-        raise Unreadable("the list of archives is incomplete")
     unpacked: dict[str, str] = {}
     parcels: set[str] = set()
-    for line in lines[:-1]:
+    for line in text.split("\n"):
         word, _, value = line.partition(" ")
         if word == "parcel":
             parcels.add(value)
         elif word == "stamp":
             name, _, stamp = value.partition(" ")
             unpacked[name] = str(stamp_values(stamp).get("archive", ""))
-        else:
+        elif line:
             raise Unreadable(f"unexpected line {line!r}")
     return ArchivesState(unpacked, frozenset(parcels))

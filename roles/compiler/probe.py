@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 from roles.compiler.spec import CompilerSpec
-from roles.core.role import Target, Unreadable
+from roles.core.role import Target, Unreadable, whole
 
 NAMES = ("gcc", "g++", "cc", "c++")
 """What build systems call: torch and DeepSpeed run c++, nvcc runs gcc."""
@@ -113,9 +113,11 @@ if test -x /usr/bin/python3; then
   then say headers yes; else say headers no; fi
 else say python none; say headers no
 fi
+echo end
 """.strip()
 
 
+@whole
 def parse(text: str) -> CompilerState:
     """The state that ``probe`` printed."""
     single: dict[str, str] = {}

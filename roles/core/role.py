@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any, Generic, Literal, TypeVar
 
 from inventory.base import Spec
@@ -24,6 +25,32 @@ PROOF_SECONDS = 300
 
 class Unreadable(Exception):
     """What a probe printed cannot be understood, so nothing may be changed on its account."""
+
+
+END = "end"
+"""The last line of what a probe prints."""
+
+
+def whole(parse: Callable[[str], T]) -> Callable[[str], T]:
+    """A parser that takes whole output only: its last line is ``end``, which ``parse`` does not get.
+
+    So a node whose answer was cut off is never taken for one that lacks something (or has nothing
+    wrong). Whatever else ``parse`` stumbles over is raised as Unreadable too.
+    """
+
+    @wraps(parse)
+    def read(text: str) -> T:
+        body, _, last = text.rpartition("\n")
+        if last != END:
+            raise Unreadable("the answer is cut off")
+        try:
+            return parse(body.strip("\n"))
+        except KeyError as error:
+            raise Unreadable(f"the answer does not show {error}") from None
+        except (ValueError, IndexError, TypeError) as error:
+            raise Unreadable(str(error)) from None
+
+    return read
 
 
 @dataclass(frozen=True)
@@ -93,7 +120,8 @@ class Role(Generic[S, T]):
     section: the key in the cluster file. default: the spec when the file is silent; None means
     that the role applies only where the file declares it.
     probe(target): POSIX shell, read-only, run as root; what it prints on stdout, ``parse`` reads.
-    A non-zero exit means "could not look". It must tell "absent" from "not permitted".
+    A non-zero exit means "could not look". It must tell "absent" from "not permitted". Its last line is
+    ``end``; ``whole`` makes the parser insist on it.
     drift(target, state, peers): pure.
     converge(target, state, peers, findings): the steps that remove the repairable findings.
     needs: roles that must be right on this node before this one may change it.

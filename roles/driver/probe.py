@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, cast
 
-from roles.core.role import Target, Unreadable
+from roles.core.role import Target, Unreadable, whole
 from roles.core.steps import quote
 from roles.driver.dkms import Entry, parse_status
 from roles.driver.spec import DriverSpec, Flavour
@@ -278,7 +278,7 @@ def probe(target: Target[DriverSpec]) -> str:
     """Lines of a key and its values, separated by tabs; one line where the role does not apply."""
     wanted = target.spec.wanted(target.node)
     if wanted is None:
-        return "echo none"
+        return "echo none; echo end"
     environments = target.cluster.section("environments", Environments)
     prefixes = [each.prefix for each in environments.each()] if environments else []
     return (
@@ -287,15 +287,13 @@ def probe(target: Target[DriverSpec]) -> str:
     )
 
 
+@whole
 def parse(text: str) -> DriverState | None:
     """The state that ``probe`` printed; None where the role does not apply."""
     if text == "none":
         return None
     rows: dict[str, list[list[str]]] = {}
-    lines = text.split("\n")
-    if lines[-1] != "end":
-        raise Unreadable("what it shows of the driver is cut off")
-    for line in lines[:-1]:
+    for line in text.split("\n"):
         if line:
             key, *values = line.split("\t")
             if key not in _WIDTHS or len(values) != _WIDTHS[key]:

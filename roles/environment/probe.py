@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from inventory.cluster import Cluster
-from roles.core.role import Target, Unreadable
+from roles.core.role import Target, Unreadable, whole
 from roles.core.steps import quote
 from roles.environment import parcel
 from roles.environment.archive import Archive, ArchiveProblem, describe
@@ -161,15 +161,13 @@ def _probe_one(one: Declared, archive: Archive | None) -> str:
     )
 
 
+@whole
 def parse(text: str) -> EnvironmentState:
     """The state that ``probe`` printed."""
-    lines = text.split("\n")
-    if lines[-1] != "end":
-        raise Unreadable("the list of environments is incomplete")
     environments: dict[str, dict[str, Any]] = {}
     parcels: set[str] = set()
     now: dict[str, Any] = {}
-    for line in lines[:-1]:
+    for line in text.split("\n"):
         word, _, value = line.partition(" ")
         if word == "environment":
             now = {"distributions": set(), "commands": {}, "links": {}, "fresh": {}}

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from roles.core.role import Target, Unreadable
+from roles.core.role import Target, Unreadable, whole
 from roles.core.steps import quote
 from roles.fabric.spec import FabricSpec
 
@@ -118,14 +118,12 @@ def probe(target: Target[FabricSpec]) -> str:
     return f"sysfs={quote(target.spec.sysfs)} manages={manages}\n{SCRIPT.strip()}"
 
 
+@whole
 def parse(text: str) -> FabricState:
     """The state that ``probe`` printed."""
-    lines = text.split("\n")
-    if lines[-1] != "end":
-        raise Unreadable("the list of adapters is cut off")
     words: dict[str, list[str]] = {}
     blocks: list[dict[str, str]] = [{}]
-    for line in lines[:-1]:
+    for line in text.split("\n"):
         key, equals, value = line.partition("=")
         if equals and key in ("Id", "LoadState", "ActiveState", "UnitFileState"):
             blocks[-1][key] = value

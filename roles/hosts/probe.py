@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from roles.core.role import Target, Unreadable
+from roles.core.role import Target, Unreadable, whole
 from roles.hosts.spec import HostsSpec
 
 CLOUD_INIT = "/etc/cloud/cloud.cfg.d/99-lockstep-hosts.cfg"
@@ -23,14 +23,16 @@ class HostsState:
 
 
 def probe(target: Target[HostsSpec]) -> str:
-    """Two lines (host name, cloud-init yes or no), then the file."""
+    """Two lines (host name, cloud-init yes or no), then the file; ``end`` is the last."""
     return (
-        "cat /proc/sys/kernel/hostname\n"
+        "cat /proc/sys/kernel/hostname || exit 3\n"
         f"if test -d /etc/cloud/cloud.cfg.d && ! test -e {CLOUD_INIT}; then echo yes; else echo no; fi\n"
-        "if test -e /etc/hosts; then cat /etc/hosts; fi"
+        "if test -e /etc/hosts; then cat /etc/hosts || exit 3; fi\n"
+        "echo; echo end"
     )
 
 
+@whole
 def parse(text: str) -> HostsState:
     """The state that ``probe`` printed."""
     lines = text.split("\n")

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from roles.core.role import Target, Unreadable
+from roles.core.role import Target, Unreadable, whole
 from roles.core.steps import quote
 from roles.fabric import adapters
 from roles.job.declared import run_directory
@@ -133,7 +133,7 @@ set --
 for each in /proc/net/tcp /proc/net/tcp6; do
     if test -r "$each"; then set -- "$@" "$each"; fi
 done
-awk '$4 == "0A" { sub(/.*:/, "", $2); if (!seen[$2]++) print "port", $2 }' "$@"
+awk '$4 == "0A" { sub(/.*:/, "", $2); if (!seen[$2]++) print "port", $2 }' "$@" || exit 3
 found=$(systemctl show -p Id,Description,ActiveState,Result 'lockstep-*.service') || exit 3
 printf '%s\n' "$found"
 """
@@ -185,9 +185,9 @@ if test -d "$run"; then
             if test -e "$each"; then echo "asked ${each%.asked}"; fi
         done
         set -- *.exit
-        if test -e "$1"; then awk 'FNR == 1 { node = FILENAME; sub(/\.exit$/, "", node); print "exit", node, $0 }' "$@"; fi
+        if test -e "$1"; then awk 'FNR == 1 { node = FILENAME; sub(/\.exit$/, "", node); print "exit", node, $0 }' "$@" || exit 3; fi
         set -- rank-*.error.json
-        if test -e "$1"; then awk "$errors" "$@"; fi
+        if test -e "$1"; then awk "$errors" "$@" || exit 3; fi
     fi
 elif test -e "$run"; then
     echo "$run is no directory" >&2; exit 3
@@ -202,38 +202,43 @@ def probe(target: Target[JobSpec]) -> str:
 
 def script(run: str | None) -> str:
     """The probe for one run directory; None: no job, the node's own facts and units only."""
-    if run is None:
-        return NODE
-    return f"{NODE}\nrun={quote(run)}\nerrors={quote(ERRORS)}\n{RUN}"
+    directory = "" if run is None else f"run={quote(run)}\nerrors={quote(ERRORS)}\n{RUN}"
+    return f"{NODE}\n{directory}\necho end"
 
 
+WORDS = {
+    "boot", "now", "cores", "gpus", "address", "port", "adapter", "job", "complete", "metrics",
+    "checkpoint", "attempts", "plan", "stopped", "asked", "exit", "error",
+}  # fmt: skip
+
+
+@whole
 def parse(text: str) -> JobState:
     """The state that ``probe`` printed."""
     words: dict[str, list[str]] = {}
     for line in text.split("\n"):
         word, _, value = line.partition(" ")
-        if word and "=" not in word:
+        if word in WORDS:
             words.setdefault(word, []).append(value)
-    try:
-        boot_id = words["boot"][0]
-        return JobState(
-            boot_id=boot_id,
-            now=int(words["now"][0]),
-            cores=int(words["cores"][0]),
-            gpus=int(words["gpus"][0]),
-            interfaces=dict(interfaces.pair(value) for value in words.get("address", [])),
-            listening=frozenset(int(value, 16) for value in words.get("port", [])),
-            units=tuple(_units(text)),
-            adapters=tuple(words.get("adapter", [])),
-            declared=_json(words, "job"),
-            attempts=int(words.get("attempts", ["0"])[0]),
-            attempt=_attempt(words),
-            complete=_json(words, "complete"),
-            metrics=_last_record(words.get("metrics", [])),
-            checkpoint=words.get("checkpoint", [None])[0],
-        )
-    except (KeyError, ValueError, IndexError, TypeError) as error:
-        raise Unreadable(f"the job's files or the node's facts make no sense: {error}") from None
+        elif word and "=" not in word:
+            raise Unreadable(f"{line[:60]!r} is not understood")
+    boot_id = words["boot"][0]
+    return JobState(
+        boot_id=boot_id,
+        now=int(words["now"][0]),
+        cores=int(words["cores"][0]),
+        gpus=int(words["gpus"][0]),
+        interfaces=dict(interfaces.pair(value) for value in words.get("address", [])),
+        listening=frozenset(int(value, 16) for value in words.get("port", [])),
+        units=tuple(_units(text)),
+        adapters=tuple(words.get("adapter", [])),
+        declared=_json(words, "job"),
+        attempts=int(words.get("attempts", ["0"])[0]),
+        attempt=_attempt(words),
+        complete=_json(words, "complete"),
+        metrics=_last_record(words.get("metrics", [])),
+        checkpoint=words.get("checkpoint", [None])[0],
+    )
 
 
 def _units(text: str) -> Iterator[Unit]:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from roles.core.role import Target, Unreadable
+from roles.core.role import Target, Unreadable, whole
 from roles.limits.spec import LimitsSpec
 from roles.limits.system import (
     SERVICES_FILE,
@@ -133,7 +133,8 @@ FILENAME ~ /(mounts|fstab)$/ { if ($2 == "/dev/shm") show(); next }
 FILENAME ~ /pam\.d/ { if (/^[ \t]*(@include|-?session)[ \t]/) show(); next }
 FILENAME ~ /sshd_config/ { if (tolower($1) ~ /^(usepam|include)/) show(); next }
 { show() }
-' "$@"
+' "$@" || exit 3
+echo end
 """.strip()
         .replace("@settings@", settings)
         .replace("@own@", f"{SERVICES_FILE[1:]} {SYSCTL_FILE[1:]}")
@@ -141,6 +142,7 @@ FILENAME ~ /sshd_config/ { if (tolower($1) ~ /^(usepam|include)/) show(); next }
     )
 
 
+@whole
 def parse(text: str) -> LimitsState:
     """The state that ``probe`` printed."""
     own: dict[str, str] = {}

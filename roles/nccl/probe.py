@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, cast
 
-from roles.core.role import Target, Unreadable
+from roles.core.role import Target, Unreadable, whole
 from roles.core.steps import quote
 from roles.environment.prove import PROOF
 from roles.nccl.spec import AUTO, NcclSpec, environment_of
@@ -275,11 +275,10 @@ _ABSENT = re.compile(
 _COUNTS = {"package": 3, "lib": 4, "offered": 2}
 
 
+@whole
 def parse(text: str) -> NcclState:
     """The state that ``probe`` printed."""
-    if not text.endswith("\nend"):
-        raise Unreadable("the list ends early")
-    head, mark, pin = text.removesuffix("end").partition("\npin\n")
+    head, mark, pin = f"{text}\n".partition("\npin\n")
     single: dict[str, str] = {}
     found: dict[str, list[list[str]]] = {
         key: [] for key in ("package", "lock", "offered", "listed", "d", "lib", "owned", "gone")

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from roles.core.role import Target, Unreadable
+from roles.core.role import Target, Unreadable, whole
 from roles.core.steps import quote
 from roles.network import interfaces
 from roles.network.spec import NetworkSpec
@@ -18,7 +18,7 @@ FIREWALL_SCRIPT = "/usr/local/sbin/lockstep-firewall"
 COMMENT = "lockstep"
 """By this the rules of a firewall that are Lockstep's own are known."""
 
-SECTIONS = ("own", "addresses", "links", "routes", "files", "firewall", "end")
+SECTIONS = ("own", "addresses", "links", "routes", "files", "firewall")
 
 _SETTING = re.compile(
     r"(?:^|[\s;&|(])((?:NCCL_[A-Za-z0-9_]+)|GLOO_SOCKET_IFNAME|TP_SOCKET_IFNAME)="
@@ -166,6 +166,7 @@ def probe(target: Target[NetworkSpec]) -> str:
     return "\n".join(line for line in lines if line)
 
 
+@whole
 def parse(text: str) -> NetworkState:
     """The state that ``probe`` printed."""
     sections: dict[str, list[str]] = {}
@@ -174,12 +175,10 @@ def parse(text: str) -> NetworkState:
         if line in SECTIONS:
             name = line
             sections[name] = []
-        elif not name or name == "end":
+        elif not name:
             raise Unreadable(f"{line[:60]!r} is not understood")
         else:
             sections[name].append(line)
-    if name != "end":
-        raise Unreadable("the list of interfaces is cut off")
     carriers: dict[str, tuple[str, ...]] = {}
     for line in sections["addresses"]:
         address, carrier = interfaces.pair(line.removeprefix("address "))

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, cast
 
-from roles.core.role import Target, Unreadable
+from roles.core.role import Target, Unreadable, whole
 from roles.core.steps import quote
 from roles.packages.spec import PackagesSpec
 
@@ -102,13 +102,14 @@ if command -v dpkg-query >/dev/null; then
 elif command -v rpm >/dev/null; then
   say manager rpm
   test -z "$names" || rpm -q --qf 'package\\t%{{NAME}}\\t%{{VERSION}}-%{{RELEASE}}\\n' $names 2>&1
-  true
 else
   echo 'neither dpkg nor rpm is there' >&2; exit 3
 fi
+echo; echo end
 """.strip()
 
 
+@whole
 def parse(text: str) -> PackagesState:
     """The state that ``probe`` printed."""
     head, mark, source = text.partition("\nsource\n")
@@ -131,7 +132,7 @@ def parse(text: str) -> PackagesState:
             indexed = True
         elif key in _SINGLE and len(values) == 1:
             single[key] = values[0]
-        elif not (line.startswith("package ") and line.endswith(" is not installed")):
+        elif line and not (line.startswith("package ") and line.endswith(" is not installed")):
             raise Unreadable(f"unexpected line {line!r}")
     if single.get("manager") not in ("apt", "rpm"):
         raise Unreadable("no package manager is named")

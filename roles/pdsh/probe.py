@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, cast
 
-from roles.core.role import Target, Unreadable
+from roles.core.role import Target, Unreadable, whole
 from roles.pdsh.spec import PdshSpec
 
 DEBIAN_DEFAULT = "/etc/pdsh/rcmd_default"
@@ -88,10 +88,11 @@ if command -v pdsh >/dev/null; then
   case $all in *'Rcmd type'*) set -- ${{all#*Rcmd type}}; echo "chosen $1";; esac
   echo version; pdsh -V 2>&1
 fi
-true
+echo end
 """.strip()
 
 
+@whole
 def parse(text: str) -> PdshState:
     """The state that ``probe`` printed."""
     head, mark, version = f"\n{text}".partition("\nversion\n")

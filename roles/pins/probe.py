@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
-from roles.core.role import Target, Unreadable
+from roles.core.role import Target, Unreadable, whole
 from roles.core.steps import quote
 from roles.environment import parcel
 from roles.environment.probe import DISTRIBUTIONS, archive_of
@@ -58,16 +58,14 @@ def probe(target: Target[Environments]) -> str:
     return "".join([*parts, parcel.probe(parcels, target.cluster), "echo end\n"])
 
 
+@whole
 def parse(text: str) -> PinsState:
     """The state that ``probe`` printed."""
-    lines = text.split("\n")
-    if lines[-1] != "end":
-        raise Unreadable("the list of distributions is incomplete")
     paths: dict[str, str] = {}
     folders: dict[str, set[str]] = {}
     parcels: set[str] = set()
     name = ""
-    for line in lines[:-1]:
+    for line in text.split("\n"):
         word, _, value = line.partition(" ")
         if word == "environment":
             name = value

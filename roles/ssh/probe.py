@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from roles.core.role import Target, Unreadable
+from roles.core.role import Target, Unreadable, whole
 from roles.core.steps import quote
 from roles.ssh.spec import SshSpec
 
@@ -151,11 +151,9 @@ def public_key(text: str) -> PublicKey:
     return PublicKey(words[0], words[1])
 
 
+@whole
 def parse(text: str) -> SshState:
     """The state that ``probe`` printed."""
-    lines = text.split("\n")
-    if lines[-1] != "end":
-        raise Unreadable("the list of ssh files is cut off")
     single: dict[str, str] = {}
     settings: dict[str, str] = {}
     refusal: list[str] = []
@@ -163,7 +161,7 @@ def parse(text: str) -> SshState:
     modes: dict[str, Mode] = {}
     files: dict[str, list[str]] = {}
     current: list[str] | None = None
-    for line in lines[:-1]:
+    for line in text.split("\n"):
         kind, _, rest = line.partition(" ")
         if line.startswith("|"):
             if current is None:

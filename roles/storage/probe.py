@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from roles.core.role import Target, Unreadable
+from roles.core.role import Target, Unreadable, whole
 from roles.core.steps import quote
 from roles.storage.spec import StorageSpec
 
@@ -130,15 +130,13 @@ def probe(target: Target[StorageSpec]) -> str:
     )
 
 
+@whole
 def parse(text: str) -> StorageState:
     """The state that ``probe`` printed."""
-    lines = text.split("\n")
-    if lines[-1] != "end":
-        raise Unreadable("what lies under the shared path is cut off")
     single: dict[str, str] = {}
     opened: list[str] = []
     tokens: dict[str, list[str]] = {}
-    for line in lines[:-1]:
+    for line in text.split("\n"):
         kind, _, rest = line.partition(" ")
         if kind == "seen":
             node, dot, token = rest.partition(".")

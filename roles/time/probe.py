@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, cast
 
-from roles.core.role import Target, Unreadable
+from roles.core.role import Target, Unreadable, whole
 from roles.time.spec import TimeSpec
 
 CHRONY_UNITS = ("chrony.service", "chronyd.service")
@@ -119,10 +119,12 @@ for file in /run/chrony/chronyd.pid /run/chronyd.pid; do
   if test "$conf" -nt "$file" && test -e "$file"; then say stale yes; fi
 done
 systemctl show -p Id -p LoadState -p ActiveState -p UnitFileState {" ".join([*CHRONY_UNITS, *OTHER_UNITS])} || exit 3
-if test -e "$conf"; then say config present; cat "$conf"; else say config absent; fi
+if test -e "$conf"; then say config present; cat "$conf" || exit 3; else say config absent; fi
+echo; echo end
 """.strip()
 
 
+@whole
 def parse(text: str) -> TimeState:
     """The state that ``probe`` printed."""
     single: dict[str, str] = {}

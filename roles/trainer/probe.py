@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from roles.core.role import Target, Unreadable
+from roles.core.role import Target, Unreadable, whole
 from roles.core.steps import quote
 from roles.environment import parcel
 from roles.environment.parcel import Parcel
@@ -74,15 +74,13 @@ def probe(target: Target[TrainerSpec]) -> str:
 HASH = re.compile(r"(?P<digest>[0-9a-f]{64}) [ *](?P<path>.+)")
 
 
+@whole
 def parse(text: str) -> TrainerState:
     """The state that ``probe`` printed."""
-    lines = text.split("\n")
-    if lines[-1] != "end":
-        raise Unreadable("the trainer's files could not be listed")
     environments: dict[str, Seen] = {}
     parcels: set[str] = set()
     name = ""
-    for line in lines[:-1]:
+    for line in text.split("\n"):
         word, _, value = line.partition(" ")
         if word == "environment":
             name = value

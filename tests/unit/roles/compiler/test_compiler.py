@@ -240,7 +240,7 @@ def test_under_sudo_the_path_that_sudo_was_started_with_counts(tmp_path: Path) -
 def test_a_truncated_answer_is_never_fine(name: str) -> None:
     text = (RECORDED / f"{name}.txt").read_text().rstrip("\n")
     for length in range(len(text)):
-        with pytest.raises((Unreadable, ValueError, KeyError)):
+        with pytest.raises(Unreadable):
             parse(text[:length])
 
 
@@ -259,7 +259,7 @@ def test_a_truncated_answer_is_never_fine(name: str) -> None:
 def test_what_is_not_understood_is_unreadable(old: str, new: str) -> None:
     text = (RECORDED / "bookworm-converged.txt").read_text().rstrip("\n")
     assert old in text
-    with pytest.raises((Unreadable, ValueError, KeyError)):
+    with pytest.raises(Unreadable):
         parse(text.replace(old, new, 1))
 
 

@@ -82,12 +82,12 @@ def test_a_right_node_has_no_findings() -> None:
 
 def test_a_node_without_gpus_is_left_alone_unless_it_is_named() -> None:
     assert role.default is None
-    assert probe(target(PLAIN)) == "echo none" and parse("none") is None
+    assert probe(target(PLAIN)) == "echo none; echo end" and parse("none\nend") is None
     assert role.drift(target(PLAIN), None, {}) == []
     assert list(role.converge(target(PLAIN), None, {}, [])) == []
     assert role.proof is not None and role.proof(target(PLAIN)) == ":"
-    assert probe(target(PLAIN, nodes=["node2"])) != "echo none"
-    assert probe(target(NODE, nodes=["node2"])) == "echo none"
+    assert probe(target(PLAIN, nodes=["node2"])) != "echo none; echo end"
+    assert probe(target(NODE, nodes=["node2"])) == "echo none; echo end"
 
 
 @pytest.mark.parametrize(

@@ -111,8 +111,8 @@ def test_cloud_init_is_told_to_leave_the_file_alone() -> None:
 
 
 def test_the_parser_reads_the_probe_and_refuses_less() -> None:
-    assert parse("node1\nno\n127.0.0.1 localhost") == HostsState(
+    assert parse("node1\nno\n127.0.0.1 localhost\n\nend") == HostsState(
         "node1", "127.0.0.1 localhost", False
     )
     with pytest.raises(Unreadable):
-        parse("node1")
+        parse("node1\nend")

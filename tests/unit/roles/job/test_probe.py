@@ -87,7 +87,7 @@ def test_garbage_is_refused(change: tuple[str, str]) -> None:
 
 def test_nothing_is_refused() -> None:
     with pytest.raises(Unreadable):
-        parse("")
+        parse("end")
 
 
 def test_a_torn_last_record_leaves_the_one_before() -> None:

@@ -148,12 +148,12 @@ def test_the_probe_walks_every_folder_from_the_root_to_the_modules(tmp_path: Pat
     "text", ["", "rubbish", "dialect apk", "dialect deb\npath 0 755", "path x y z"]
 )
 def test_garbage_is_unreadable(text: str) -> None:
-    with pytest.raises((Unreadable, ValueError)):
-        parse(text)
+    with pytest.raises(Unreadable):
+        parse(f"{text}\nend")
 
 
 def test_a_pdsh_that_says_nothing_is_installed_but_has_no_module() -> None:
-    state = parse("dialect deb\ndefault ssh\nversion")
+    state = parse("dialect deb\ndefault ssh\nversion\nend")
     assert state.version == "" and [f.id for f in found(state)] == ["pdsh-modules"]
 
 

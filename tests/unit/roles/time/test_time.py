@@ -300,14 +300,9 @@ def test_the_proof_leaves_an_unreachable_node_to_the_ssh_role(tmp_path: Path) ->
 @pytest.mark.parametrize("name", ["bookworm-node1", "bookworm-node2", "el9", "bookworm-timesyncd"])
 def test_a_truncated_answer_is_never_fine(name: str) -> None:
     text = (RECORDED / f"{name}.txt").read_text().rstrip("\n")
-    head = "node1" if name == "bookworm-node1" else "node2"
     for length in range(len(text)):
-        try:
-            state = parse(text[:length])
-        except (Unreadable, ValueError, KeyError, IndexError):
-            continue
-        # only chrony's file may be cut, and then it is another text
-        assert ids(state, head) != [], text[length - 20 : length]
+        with pytest.raises(Unreadable):
+            parse(text[:length])
 
 
 @pytest.mark.parametrize(
@@ -327,7 +322,7 @@ def test_what_is_not_understood_is_unreadable(old: str, new: str) -> None:
     text = (RECORDED / "bookworm-node2.txt").read_text()
     changed = text.replace(old, new, 1)
     assert changed != text
-    with pytest.raises((Unreadable, ValueError, KeyError)):
+    with pytest.raises(Unreadable):
         parse(changed)
 
 
