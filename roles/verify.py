@@ -116,15 +116,16 @@ def _unreadable(node: str, role: str, reason: str) -> Wrong:
 def compare(looks: Looks, nodes: Iterable[Any]) -> list[Identity]:
     """Every role's facts, compared between the nodes that could be read."""
     nodes = list(nodes)
-    return [
-        judge(
+    rows = [
+        (
             fact,
             {node.name: value for node in nodes if (value := _value(looks, role, fact, node))},
-            looks.cluster,
         )
         for role in looks.roles
         for fact in role.facts
     ]
+    systems = {name: value for fact, values in rows if fact.is_os for name, value in values.items()}
+    return [judge(fact, values, looks.cluster, systems) for fact, values in rows]
 
 
 def _value(looks: Looks, role: AnyRole, fact: Fact[Any], node: Any) -> str | None:
@@ -136,14 +137,22 @@ def _value(looks: Looks, role: AnyRole, fact: Fact[Any], node: Any) -> str | Non
         return None
 
 
-def judge(fact: Fact[Any], values: Mapping[str, str], cluster: Cluster) -> Identity:
-    """Whether the values keep the fact's rule."""
-    classes: dict[str | None, set[str]] = {}
+def judge(
+    fact: Fact[Any], values: Mapping[str, str], cluster: Cluster, systems: Mapping[str, str]
+) -> Identity:
+    """Whether the values keep the fact's rule. systems: node name to its operating system."""
+    groups: dict[Any, set[str]] = {}
     for name, value in values.items():
-        group = cluster.nodes[name].gpu_class if fact.rule == "equal per class" else None
-        classes.setdefault(group, set()).add(value)
-    if fact.rule == "differs":
+        group: Any = None
+        if fact.rule == "equal per class":
+            group = cluster.nodes[name].gpu_class
+        elif fact.rule == "equal per class and os":
+            group = cluster.nodes[name].gpu_class, systems.get(name)
+        groups.setdefault(group, set()).add(value)
+    if fact.rule == "any":
+        ok = True
+    elif fact.rule == "differs":
         ok = len(set(values.values())) == len(values)
     else:
-        ok = all(len(group) == 1 for group in classes.values())
+        ok = all(len(group) == 1 for group in groups.values())
     return Identity(fact.name, dict(values), fact.rule, ok)

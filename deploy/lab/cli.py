@@ -1,4 +1,4 @@
-"""The commands of the lab: ``lockstep lab up|down|status|reboot|cut|start|shell|prepare``.
+"""The commands of the lab: ``lockstep lab up|down|status|reboot|cut|start|shell|faults|break|prepare``.
 
 ``register`` hangs them below any argparse parser; each sets ``handler``, a function from the parsed
 arguments to an exit code: 0 done, 2 an error told in one sentence, 130 interrupted.
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deploy.lab import lab, requirements
+from deploy.lab import faults, lab, requirements
 from deploy.lab.errors import LabError
 from deploy.lab.node import MOST_NODES
 from deploy.lab.progress import Progress
@@ -88,6 +88,15 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         command.add_argument("node", metavar="NODE", help="for example node1")
         command.set_defaults(handler=_handler(_on_node(act)))
 
+    listed = commands.add_parser("faults", help="list the faults that `break` injects")
+    listed.add_argument("--json", action="store_true", help="as JSON")
+    listed.set_defaults(handler=_handler(_faults, needs_root=False))
+
+    broken = commands.add_parser("break", help="inject a fault into a node, to rehearse its repair")
+    broken.add_argument("node", metavar="NODE", help="for example node1")
+    broken.add_argument("fault", metavar="FAULT", help="ROLE/SLUG, one of `lab faults`")
+    broken.set_defaults(handler=_handler(_break))
+
     shell = commands.add_parser("shell", help="a root shell in a node, or one command, past ssh")
     shell.add_argument("node", metavar="NODE", help="for example node1")
     shell.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND …")
@@ -151,6 +160,18 @@ def _prepare(args: argparse.Namespace, paths: Paths) -> None:
 def _shell(args: argparse.Namespace, paths: Paths) -> int:
     command = args.command[1:] if args.command[:1] == ["--"] else args.command
     return lab.shell(paths, args.node, command)
+
+
+def _faults(args: argparse.Namespace, paths: Paths) -> None:
+    known = faults.read()
+    print(
+        json.dumps(faults.as_json(known), indent=2) if args.json else faults.table(known).rstrip()
+    )
+
+
+def _break(args: argparse.Namespace, paths: Paths) -> None:
+    broken = faults.inject(paths, args.node, args.fault)
+    print(f"{args.fault}: injected on {', '.join(broken)}; `lockstep verify` finds it")
 
 
 def _down(args: argparse.Namespace, paths: Paths) -> None:

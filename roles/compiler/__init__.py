@@ -22,6 +22,6 @@ role: Role[CompilerSpec, CompilerState] = Role(
     drift=drift,
     converge=converge,
     needs=("packages",),
-    facts=(Fact("c++ in a login", "equal per class", _version),),
+    facts=(Fact("c++ in a login", "equal per class and os", _version),),
     proof=proof,
 )

@@ -97,20 +97,24 @@ class Target(Generic[S]):
 Peers = Mapping[str, Any]
 """State of the same role on the other nodes, by node name; a node that could not be read is absent."""
 
-Rule = Literal["equal", "equal per class", "differs"]
+Rule = Literal["equal", "equal per class", "equal per class and os", "differs", "any"]
 
 
 @dataclass(frozen=True)
 class Fact(Generic[T]):
-    """A value that must agree between nodes.
+    """A value of each node, compared between the nodes.
 
-    rule: "equal" on all nodes, "equal per class" within a ``gpu_class``, "differs" on every node.
+    rule: "equal" on all nodes, "equal per class" within a ``gpu_class``, "equal per class and os"
+    within a class among nodes of one operating system's release, "differs" on every node; "any" is
+    shown and never judged.
     read: the value in a state; None where the node has none, which is never compared.
+    is_os: its value is the operating system and release by which the rule above groups the nodes.
     """
 
     name: str
     rule: Rule
     read: Callable[[T], str | None]
+    is_os: bool = False
 
 
 @dataclass(frozen=True)

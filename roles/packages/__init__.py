@@ -17,10 +17,10 @@ role: Role[PackagesSpec, PackagesState] = Role(
     drift=drift,
     converge=converge,
     facts=(
-        Fact("os", "equal per class", lambda state: state.os),
-        Fact("kernel", "equal per class", lambda state: state.kernel),
-        Fact("glibc", "equal per class", lambda state: state.glibc),
-        Fact("system python", "equal per class", lambda state: state.python),
-        Fact("gcc", "equal per class", lambda state: state.gcc),
+        Fact("os", "any", lambda state: state.os, is_os=True),
+        Fact("kernel", "equal per class and os", lambda state: state.kernel),
+        Fact("glibc", "equal per class and os", lambda state: state.glibc),
+        Fact("system python", "equal per class and os", lambda state: state.python),
+        Fact("gcc", "equal per class and os", lambda state: state.gcc),
     ),
 )

@@ -23,10 +23,10 @@ from inventory.local_connector import ThisMachine
 from roles import converge as converging
 from roles.converge import Run
 from roles.core import session
-from roles.core.role import Finding, Peers, Role, Target, Unreadable
+from roles.core.role import Fact, Finding, Peers, Role, Rule, Target, Unreadable
 from roles.core.steps import Shell, Step
 from roles.core.upload import Upload
-from roles.verify import EXIT_CODES, Report, check_node, compare
+from roles.verify import EXIT_CODES, Report, check_node, compare, judge
 
 NAMES = ("node1", "node2")
 
@@ -397,3 +397,46 @@ def test_verify_of_right_nodes_is_ok_and_of_a_silent_one_unreadable(lab: Lab) ->
     report = report_of(lab, toy(lab, "a"))
     assert seen(report) == [("node2", "node", "unreadable")]
     assert report.verdict == "unreadable" and EXIT_CODES[report.verdict] == 2
+
+
+CLASSES = {"node1": "a100", "node2": "a100", "node3": "h100"}
+SYSTEMS = {"node1": "Debian 12", "node2": "Rocky 9.3", "node3": "Debian 12"}
+
+
+@pytest.mark.parametrize(
+    ("rule", "values", "ok"),
+    [
+        ("equal", ("1", "1", "1"), True),
+        ("equal", ("1", "1", "2"), False),
+        ("equal", ("1", None, "1"), True),
+        ("equal per class", ("1", "1", "2"), True),
+        ("equal per class", ("1", "2", "3"), False),
+        ("equal per class and os", ("1", "2", "3"), True),
+        ("differs", ("1", "2", "3"), True),
+        ("differs", ("1", "2", "1"), False),
+        ("any", ("1", "1", "2"), True),
+    ],
+)
+def test_a_fact_is_judged_by_its_rule(rule: Rule, values: Sequence[str | None], ok: bool) -> None:
+    nodes = {
+        name: Node(name=name, address=f"10.0.0.{number}", gpu_class=gpu_class)
+        for number, (name, gpu_class) in enumerate(CLASSES.items(), 1)
+    }
+    cluster = Cluster("toys", Path("cluster.yaml"), nodes)
+    read = {name: value for name, value in zip(CLASSES, values, strict=True) if value}
+    row = judge(Fact("x", rule, str), read, cluster, SYSTEMS)
+    assert row.ok is ok and row.values == read and row.rule == rule
+
+
+@pytest.mark.parametrize(("os", "ok"), [("Debian 12", False), ("Rocky 9.3", True)])
+def test_the_system_by_which_nodes_are_grouped_is_itself_a_fact(
+    lab: Lab, os: str, ok: bool
+) -> None:
+    def fact(name: str, rule: Rule, values: Sequence[str], **more: Any) -> Fact[Any]:
+        left = list(values)
+        return Fact(name, rule, lambda state: left.pop(0), **more)
+
+    kernel = fact("kernel", "equal per class and os", ["6.1", "5.14"])
+    system = fact("os", "any", ["Debian 12", os], is_os=True)
+    report = report_of(lab, toy(lab, "a", facts=(kernel,)), toy(lab, "b", facts=(system,)))
+    assert [row.ok for row in report.identity] == [ok, True]

@@ -290,7 +290,7 @@ def test_a_range_without_a_version_is_refused() -> None:
         CompilerSpec(gcc=4)
 
 
-def test_every_finding_has_its_entry_in_the_symptoms_and_every_fault_its_finding() -> None:
+def test_every_finding_has_its_entry_in_the_symptoms() -> None:
     root = Path(__file__).parents[4]
     known = {
         entry["id"] for entry in yaml.safe_load((root / "roles/compiler/symptoms.yaml").read_text())
@@ -299,5 +299,3 @@ def test_every_finding_has_its_entry_in_the_symptoms_and_every_fault_its_finding
         (root / f"roles/compiler/{name}.py").read_text() for name in ("drift", "converge")
     )
     assert all(key in source for key in known)
-    faults = yaml.safe_load((root / "tests/lab/faults/compiler.yaml").read_text())
-    assert {fault["id"] for fault in faults} <= known and len(faults) >= 3

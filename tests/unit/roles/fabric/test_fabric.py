@@ -214,11 +214,9 @@ def test_any_truncation_is_refused() -> None:
             parse(text[:end])
 
 
-def test_every_fault_has_its_entry_in_the_symptoms() -> None:
+def test_what_no_lab_can_break_has_its_entry_in_the_symptoms() -> None:
     folder = Path(__file__).parents[4]
     known = {
         each["id"] for each in yaml.safe_load((folder / "roles/fabric/symptoms.yaml").read_text())
     }
-    faults = yaml.safe_load((folder / "tests/lab/faults/fabric.yaml").read_text())
-    assert {fault["id"] for fault in faults} <= known
     assert {"ib-link-down", "ib-disabled-slow", "opensm-missing", "memlock"} <= known

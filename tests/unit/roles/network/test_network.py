@@ -319,6 +319,6 @@ def test_the_proof_is_the_heads_alone_and_a_valid_script() -> None:
 def test_every_finding_has_its_entry_in_the_symptoms() -> None:
     folder = Path(__file__).parents[4] / "roles/network"
     known = {each["id"] for each in yaml.safe_load((folder / "symptoms.yaml").read_text())}
-    faults = yaml.safe_load((folder.parents[1] / "tests/lab/faults/network.yaml").read_text())
-    used = {fault["id"] for fault in faults} | {"gloo-interface"}
+    faults = yaml.safe_load((folder.parents[1] / "deploy/lab/faults/network.yaml").read_text())
+    used = {fault["id"] for fault in faults.values()} | {"gloo-interface"}
     assert used == known

@@ -242,7 +242,9 @@ def test_facts_that_must_agree_are_named() -> None:
     state = parse((RECORDED / "bookworm-bare.txt").read_text().strip("\n"))
     values = {fact.name: fact.read(state) for fact in role.facts}
     assert values["os"] == "debian 12" and values["gcc"] is None and values["kernel"]
-    assert {fact.rule for fact in role.facts} == {"equal per class"}
+    rules = {fact.name: fact.rule for fact in role.facts}
+    assert rules.pop("os") == "any" and set(rules.values()) == {"equal per class and os"}
+    assert [fact.name for fact in role.facts if fact.is_os] == ["os"]
 
 
 def test_every_finding_has_its_entry_in_the_symptoms() -> None:

@@ -515,14 +515,6 @@ def test_a_rule_that_would_shut_somebody_out_is_taken_back(
     assert not (tmp_path / "reloaded").exists()
 
 
-def fault_ids(kind: str) -> set[str]:
-    root = Path(__file__).parents[4]
-    return {
-        fault["id"]
-        for fault in yaml.safe_load((root / f"tests/lab/faults/{kind}.yaml").read_text())
-    }
-
-
 def symptoms() -> Sequence[dict[str, object]]:
     found: Sequence[dict[str, object]] = yaml.safe_load(
         (Path(__file__).parents[4] / "roles/ssh/symptoms.yaml").read_text()
@@ -530,7 +522,7 @@ def symptoms() -> Sequence[dict[str, object]]:
     return found
 
 
-def test_every_finding_and_every_fault_has_a_symptom_whose_patterns_compile() -> None:
+def test_every_finding_has_a_symptom_whose_patterns_compile() -> None:
     known = {str(symptom["id"]) for symptom in symptoms()}
     sources = [
         (Path(__file__).parents[4] / f"roles/ssh/{name}.py").read_text()
@@ -538,7 +530,6 @@ def test_every_finding_and_every_fault_has_a_symptom_whose_patterns_compile() ->
     ]
     named = {id for text in sources for id in re.findall(r"[\"=](sshd?-[a-z-]+[a-z])\b[\" ]", text)}
     assert "ssh-unreachable" in named and named <= known
-    assert fault_ids("ssh") <= known
     for symptom in symptoms():
         patterns = symptom["log"]
         assert isinstance(patterns, list)

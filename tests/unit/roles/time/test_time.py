@@ -336,12 +336,10 @@ def test_a_head_or_a_bad_name_is_no_server() -> None:
         TimeSpec(max_offset=15)
 
 
-def test_every_finding_has_its_entry_in_the_symptoms_and_every_fault_its_finding() -> None:
+def test_every_finding_has_its_entry_in_the_symptoms() -> None:
     root = Path(__file__).parents[4]
     known = {
         entry["id"] for entry in yaml.safe_load((root / "roles/time/symptoms.yaml").read_text())
     }
     source = (root / "roles/time/drift.py").read_text() + (root / "roles/time/proof.py").read_text()
     assert all(key in source for key in known)
-    faults = yaml.safe_load((root / "tests/lab/faults/time.yaml").read_text())
-    assert {fault["id"] for fault in faults} <= known and len(faults) >= 3

@@ -1,0 +1,179 @@
+"""Faults to rehearse: what breaks on a real cluster, injected into a lab's node with ordinary tools.
+
+``ROLE.yaml`` beside this file maps slugs to faults; a fault's name is ``ROLE/SLUG``. Nothing that looks
+at a node knows the lab: verify finds a fault as it would on any machine, and one run repairs it.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, StringConstraints, TypeAdapter, ValidationError, model_validator
+
+from deploy.lab import lab
+from deploy.lab import node as nodes
+from deploy.lab.commands import environment, last_line
+from deploy.lab.errors import LabError
+from deploy.lab.processes import Process
+from deploy.lab.state import Paths
+from inventory.base import Strict
+from inventory.sentences import nearest
+
+Family = Literal["debian", "rpm"]
+FOLDER = Path(__file__).parent
+SECONDS = 120
+"""Time limit of one fault's script."""
+
+Id = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
+Slug = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]+([.-][a-z0-9]+)*$")]
+Script = Annotated[str, StringConstraints(min_length=1)]
+
+
+class Fault(Strict):
+    """One way to break a node.
+
+    id: the finding that verify must show for it, of this role and of no other role.
+    os: the families of nodes on which it can be injected.
+    node: any node, the head (the lab's node1) or a worker alone, or "all": it lies on all at once.
+    script: shell, run as root with ``sh -e`` on the node; one text, or one for each family.
+    """
+
+    id: Id
+    os: tuple[Family, ...] = ("debian", "rpm")
+    node: Literal["any", "head", "worker", "all"] = "any"
+    script: Script | dict[Family, Script] = Field(alias="break")
+
+    @model_validator(mode="after")
+    def _scripts_of_its_families(self) -> Fault:
+        if isinstance(self.script, dict) and set(self.script) != set(self.os):
+            raise ValueError("break needs one script for each family under os, and no other")
+        if not self.os or len(set(self.os)) != len(self.os):
+            raise ValueError("os needs each of its families once")
+        return self
+
+    def on(self, family: Family) -> str:
+        """The script for a node of that family, one of ``os``."""
+        return self.script if isinstance(self.script, str) else self.script[family]
+
+    def fits(self, number: int) -> bool:
+        """Whether it can be injected on the node of that number; 1 is the head."""
+        return self.node in ("any", "all") or (self.node == "head") == (number == 1)
+
+
+_FILE: TypeAdapter[dict[str, Fault]] = TypeAdapter(dict[Slug, Fault])
+
+
+def read(folder: Path = FOLDER) -> dict[str, Fault]:
+    """All faults by name, in the order of the files. Raises LabError for a file that is wrong."""
+    found: dict[str, Fault] = {}
+    for path in sorted(folder.glob("*.yaml")):
+        try:
+            faults = _FILE.validate_python(yaml.safe_load(path.read_text()) or {})
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise LabError(f"{path}: no YAML: {' '.join(str(error).split())}") from None
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(map(str, first["loc"]))
+            raise LabError(f"{path}: {where}: {first['msg']}") from None
+        found |= {f"{path.stem}/{slug}": fault for slug, fault in faults.items()}
+    return found
+
+
+def as_json(faults: Mapping[str, Fault]) -> list[dict[str, Any]]:
+    """The stable form: name, families, id, and where it can be injected."""
+    return [
+        {"name": name, "os": list(fault.os), "id": fault.id, "node": fault.node}
+        for name, fault in faults.items()
+    ]
+
+
+def table(faults: Mapping[str, Fault]) -> str:
+    """The faults for a person."""
+    head = ("FAULT", "OS", "NODE", "FINDING")
+    rows = [
+        head,
+        *((name, ", ".join(each.os), each.node, each.id) for name, each in faults.items()),
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    return "".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        + "\n"
+        for row in rows
+    )
+
+
+def inject(paths: Paths, node: str, name: str) -> Sequence[str]:
+    """Break a running node of the lab; returns the names of the nodes that were broken.
+
+    Raises LabError for an unknown fault or node, a node that is off or of another kind, and a script
+    that failed.
+    """
+    fault = _known(read(), name)
+    chosen = lab.find(paths, node)
+    if not fault.fits(chosen.number):
+        right = "node1, the head" if fault.node == "head" else "a node other than the head, node1"
+        raise LabError(f"{name} cannot be injected on {node}: choose {right}")
+    there = [chosen]
+    if fault.node == "all":
+        there = nodes.existing(chosen.paths, chosen.record)
+    inits = {each: _running(each) for each in there}
+    families = {each: _family(each.name, init) for each, init in inits.items()}
+    for each, family in families.items():
+        if family not in fault.os:
+            raise LabError(
+                f"{name} is for nodes of the family {', '.join(fault.os)}, and {each.name} is {family}"
+            )
+    for each, init in inits.items():
+        _script(name, each.name, init, fault.on(families[each]))
+    return [each.name for each in there]
+
+
+def _known(faults: Mapping[str, Fault], name: str) -> Fault:
+    if name in faults:
+        return faults[name]
+    near = nearest(name, faults)
+    advice = f"did you mean {near!r}?" if near else "`lockstep lab faults` lists them"
+    raise LabError(f"there is no fault {name!r}: {advice}")
+
+
+def _running(node: nodes.Node) -> Process:
+    init = node.init()
+    if init is None:
+        raise LabError(f"{node.name} is off: run `lab start {node.name}`")
+    return init
+
+
+def _inside(init: Process, script: str) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(
+            nodes.shell_argv(init, ["sh", "-ec", script]),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            env=environment(),
+            timeout=SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        raise LabError(f"a script did not end within {SECONDS} s: {script.strip()}") from None
+
+
+def _family(name: str, init: Process) -> Family:
+    """By what the node says of itself, as any machine does."""
+    asked = _inside(init, '. /etc/os-release; echo "$ID $ID_LIKE"').stdout.split()
+    if "debian" in asked:
+        return "debian"
+    if {"rhel", "fedora", "centos"} & set(asked):
+        return "rpm"
+    raise LabError(f"{name}: its /etc/os-release names neither Debian's nor an RPM family")
+
+
+def _script(name: str, node: str, init: Process, script: str) -> None:
+    done = _inside(init, script)
+    if done.returncode:
+        reason = last_line(done.stderr or done.stdout, done.returncode)
+        raise LabError(f"{name} could not be injected on {node}: {reason}")

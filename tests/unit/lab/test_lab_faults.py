@@ -1,0 +1,168 @@
+"""The faults' files are read strictly, each names a finding of its role, and a break is refused in one sentence."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from deploy.lab import cli, faults, lab
+from deploy.lab import node as nodes
+from deploy.lab.errors import LabError
+from deploy.lab.processes import Process
+from deploy.lab.state import ROOT, Paths, Record
+from roles import registry
+
+EITHER = {"id": "pdsh-owner", "break": "true"}
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("x: {id: a, break: 'true', brake: y}", "pdsh.yaml: x.brake: Extra inputs"),
+        ("x: {id: a}", "pdsh.yaml: x.break: Field required"),
+        ("x: {id: Not An Id, break: 'true'}", "pdsh.yaml: x.id: String should match"),
+        ("X y: {id: a, break: 'true'}", "pdsh.yaml: X y"),
+        ("x: {id: a, os: [suse], break: 'true'}", "pdsh.yaml: x.os.0: Input should be"),
+        ("x: {id: a, node: third, break: 'true'}", "pdsh.yaml: x.node: Input should be"),
+        ("x: {id: a, break: ''}", "pdsh.yaml: x.break"),
+        ("x: {id: a, break: {debian: 'true'}}", "one script for each family"),
+        ("x: {id: a, os: [], break: 'true'}", "os needs each of its families once"),
+        ("x: {", "pdsh.yaml: no YAML"),
+        ("- id: a", "pdsh.yaml"),
+    ],
+)
+def test_a_wrong_file_is_named_with_its_place(tmp_path: Path, text: str, sentence: str) -> None:
+    (tmp_path / "pdsh.yaml").write_text(text)
+    with pytest.raises(LabError) as caught:
+        faults.read(tmp_path)
+    assert sentence in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_fault_has_one_script_or_one_for_each_family(tmp_path: Path) -> None:
+    both = {"id": "a", "break": {"debian": "apt", "rpm": "dnf"}}
+    (tmp_path / "pdsh.yaml").write_text(
+        yaml.safe_dump({"one": EITHER, "127.0.1.1": both}, sort_keys=False)
+    )
+    read = faults.read(tmp_path)
+    assert list(read) == ["pdsh/one", "pdsh/127.0.1.1"]
+    assert [read["pdsh/127.0.1.1"].on(family) for family in ("debian", "rpm")] == ["apt", "dnf"]
+    assert read["pdsh/one"].os == ("debian", "rpm") and read["pdsh/one"].on("rpm") == "true"
+
+
+@pytest.mark.parametrize(
+    ("node", "fits"),
+    [
+        ("any", [True, True]),
+        ("all", [True, True]),
+        ("head", [True, False]),
+        ("worker", [False, True]),
+    ],
+)
+def test_a_fault_fits_the_head_a_worker_or_any_node(node: str, fits: list[bool]) -> None:
+    fault = faults.Fault.model_validate({**EITHER, "node": node})
+    assert [fault.fits(number) for number in (1, 2)] == fits
+
+
+def test_every_role_has_faults_and_each_names_a_finding_of_that_role() -> None:
+    known = faults.read()
+    tried = {name.partition("/")[0] for name in known}
+    assert tried <= {role.name for role in registry.ROLES}
+    for name, fault in known.items():
+        symptoms = ROOT / "roles" / name.partition("/")[0] / "symptoms.yaml"
+        ids = {symptom["id"] for symptom in yaml.safe_load(symptoms.read_text())}
+        assert fault.id in ids, f"{name}: {symptoms} has no {fault.id}"
+
+
+@pytest.mark.parametrize("name", sorted(faults.read()))
+def test_every_script_is_shell(name: str) -> None:
+    fault = faults.read()[name]
+    for family in fault.os:
+        done = subprocess.run(
+            ["sh", "-n", "-c", fault.on(family)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+
+
+def test_the_list_for_scripts_has_name_families_and_finding(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    parser = argparse.ArgumentParser()
+    cli.register(parser.add_subparsers())
+    chosen = parser.parse_args(["lab", "faults", "--json"])
+    assert chosen.handler(chosen) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert len(listed) >= 30
+    assert {
+        "name": "hosts/127.0.1.1",
+        "os": ["debian", "rpm"],
+        "id": "hostname-loopback",
+        "node": "any",
+    } in listed
+
+
+@pytest.fixture
+def two_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Paths:
+    """A lab whose node1 is Debian, whose node2 is Rocky, and whose node3 is off."""
+    paths = Paths(tmp_path, tmp_path / "cache")
+    there = {f"node{n}": nodes.Node(paths, Record(3), n, "base") for n in (1, 2, 3)}
+    monkeypatch.setattr(lab, "find", lambda paths, name: there[name])
+    monkeypatch.setattr(nodes, "existing", lambda paths, record: list(there.values())[:2])
+    monkeypatch.setattr(
+        nodes.Node,
+        "init",
+        lambda node: None if node.number == 3 else Process(node.number, 1, "boot"),
+    )
+    releases = {1: "ID=debian", 2: 'ID="rocky"\nID_LIKE="rhel centos fedora"'}
+    for number, text in releases.items():
+        (tmp_path / str(number)).write_text(text + "\n")
+
+    def argv(init: Process, command: list[str]) -> list[str]:
+        script = command[-1].replace("/etc/os-release", f"{tmp_path}/{init.pid}")
+        return ["env", f"broken={tmp_path}/broken-{init.pid}", *command[:-1], script]
+
+    monkeypatch.setattr(nodes, "shell_argv", argv)
+    known = {
+        "pdsh/debian": {**EITHER, "os": ["debian"]},
+        "pdsh/head": {**EITHER, "node": "head"},
+        "pdsh/worker": {**EITHER, "node": "worker", "break": {"debian": "x", "rpm": "echo r >$broken"}},
+        "pdsh/all": {**EITHER, "node": "all", "break": "echo a >$broken"},
+        "pdsh/fails": {**EITHER, "break": "echo E: no such package >&2; false; true"},
+    }  # fmt: skip
+    models = {name: faults.Fault.model_validate(each) for name, each in known.items()}
+    monkeypatch.setattr(faults, "read", lambda: models)
+    return paths
+
+
+@pytest.mark.parametrize(
+    ("node", "name", "sentence"),
+    [
+        ("node1", "pdsh/debain", "there is no fault 'pdsh/debain': did you mean 'pdsh/debian'?"),
+        ("node1", "x", "there is no fault 'x': `lockstep lab faults` lists them"),
+        ("node2", "pdsh/debian", "is for nodes of the family debian, and node2 is rpm"),
+        ("node2", "pdsh/head", "cannot be injected on node2: choose node1, the head"),
+        ("node1", "pdsh/worker", "cannot be injected on node1: choose a node other than the head"),
+        ("node3", "pdsh/worker", "node3 is off: run `lab start node3`"),
+        ("node2", "pdsh/fails", "could not be injected on node2: E: no such package"),
+    ],
+)
+def test_a_break_that_cannot_be_is_refused_in_one_sentence(
+    two_nodes: Paths, node: str, name: str, sentence: str
+) -> None:
+    with pytest.raises(LabError) as caught:
+        faults.inject(two_nodes, node, name)
+    assert sentence in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_nodes_own_system_decides_which_script_breaks_it(two_nodes: Paths) -> None:
+    assert faults.inject(two_nodes, "node2", "pdsh/worker") == ["node2"]
+    assert (two_nodes.state / "broken-2").read_text() == "r\n"
+
+
+def test_a_fault_of_all_nodes_is_injected_on_each(two_nodes: Paths) -> None:
+    assert faults.inject(two_nodes, "node2", "pdsh/all") == ["node1", "node2"]
+    assert all((two_nodes.state / f"broken-{number}").exists() for number in (1, 2))
