@@ -128,6 +128,6 @@ def synchronise(target: Target[TimeSpec], state: TimeState, again: bool) -> str:
 def set_clock(bound: float) -> str:
     """Shell that sets the clock at once where it is farther off than the bound (seconds)."""
     return (
-        f"if chronyc -n -c tracking | awk -F , -v most={bound} "
+        f"if chronyc -n -c tracking | LC_ALL=C awk -F , -v most={bound} "
         "'{ exit !($5 > most || -$5 > most) }'; then chronyc makestep >/dev/null; fi"
     )

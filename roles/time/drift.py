@@ -33,7 +33,7 @@ def config_text(target: Target[TimeSpec]) -> str:
 
 def others_there(state: TimeState) -> list[str]:
     """Other services that run or start at boot and set the clock."""
-    return [name for name in OTHER_UNITS if _takes_part(state.units[name])]
+    return [name for name in OTHER_UNITS if name in state.units and _takes_part(state.units[name])]
 
 
 def _takes_part(unit: Unit) -> bool:
@@ -55,6 +55,15 @@ def clock(state: TimeState) -> str:
     if near(state):
         return f"within {state.bound:g} s"
     return f"{abs(state.tracking.offset):.3f} s off"
+
+
+def offset(state: TimeState) -> str | None:
+    """The clock's distance from the one that it follows, in milliseconds; ahead is positive."""
+    tracking = state.tracking
+    if tracking is None or not tracking.synchronised:
+        return None
+    # chrony tells how far real time is ahead of the clock.
+    return f"{-tracking.offset * 1000:+.3f} ms"
 
 
 def remarks(

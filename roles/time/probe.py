@@ -67,7 +67,8 @@ class TimeState:
     """now: the node's clock at the look, in seconds since 1970. bound: the declared most offset.
 
     installed: chronyd is there. may_set: processes of this node may set its clock; in many containers
-    they may not. packages: installed packages that exclude chrony. units: service to its state.
+    they may not. packages: installed packages that exclude chrony. units: service to its state, under
+    its own name alone: ntpsec's also answers to ntp and ntpd.
     config: text of chrony's configuration. stale: it is younger than the chronyd that runs.
     tracking: None where no chronyd answers.
     """
@@ -130,6 +131,7 @@ def parse(text: str) -> TimeState:
     single: dict[str, str] = {}
     packages: list[str] = []
     units: dict[str, Unit] = {}
+    shown = 0
     block: dict[str, str] = {}
     config: list[str] | None = None
     lines = iter([*text.split("\n")])
@@ -153,13 +155,15 @@ def parse(text: str) -> TimeState:
             units[block["Id"]] = Unit(
                 block["LoadState"], block["ActiveState"], block["UnitFileState"]
             )
+            shown += 1
             block = {}
     manager = single["manager"]
     if manager not in ("apt", "rpm"):
         raise Unreadable(f"a package manager cannot be {manager!r}")
     if single["config"] not in ("present", "absent") or single["installed"] not in ("yes", "no"):
         raise Unreadable("an answer is neither yes nor no")
-    if not set(CHRONY_UNITS) & units.keys() or not set(OTHER_UNITS) <= units.keys():
+    # Counted, because a name may stand for another service: then this one is shown twice.
+    if shown != len([*CHRONY_UNITS, *OTHER_UNITS]):
         raise Unreadable("a service is missing in the answer")
     return TimeState(
         manager=cast(Manager, manager),

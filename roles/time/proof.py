@@ -13,6 +13,7 @@ ROUNDS = 6
 # A time is taken before the question and after the answer; the node's own lies in the middle between
 # them, give or take half the way. Only what is too far off for certain is told.
 _SCRIPT = r"""
+export LC_ALL=C
 dir=$(mktemp -d) || exit 1
 trap 'rm -rf "$dir"' EXIT
 for node in "$@"; do

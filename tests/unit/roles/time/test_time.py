@@ -18,7 +18,7 @@ from roles.core.role import Finding, Target, Unreadable
 from roles.core.steps import Shell
 from roles.packages import PackagesSpec
 from roles.time import TimeSpec, TimeState, role
-from roles.time.drift import config_text, remarks
+from roles.time.drift import config_text, offset, remarks
 from roles.time.probe import Tracking, Unit, parse
 from roles.time.proof import proof
 
@@ -171,6 +171,16 @@ def test_a_stopped_or_mute_or_outdated_chronyd_is_started_anew() -> None:
         assert "systemctl restart chrony.service" in steps(state)[0]
 
 
+def test_ntpsec_which_answers_to_three_names_is_one_daemon_and_gives_way() -> None:
+    state = recorded("bookworm-ntpsec")
+    assert [finding.seen for finding in found(state)] == [
+        "not installed",
+        "ntpsec runs or starts at boot",
+    ]
+    install, start, _ = steps(state)
+    assert "ntpsec" in install.splitlines()[-1] and "disable --now ntpsec.service" in start
+
+
 def test_a_disabled_chronyd_would_not_survive_a_reboot() -> None:
     state = with_unit(NODE, "chrony.service", Unit("loaded", "active", "disabled"))
     assert ids(state) == ["time-not-enabled"]
@@ -185,6 +195,13 @@ def test_a_clock_that_runs_alone_or_follows_another_is_not_synchronised() -> Non
     wait, *_ = steps(alone)
     assert wait.index("waitsync 8 ") < wait.index("systemctl restart")
     assert "UDP port 123" in wait
+
+
+def test_the_offset_is_told_in_milliseconds_and_positive_where_the_clock_is_ahead() -> None:
+    assert offset(tracked(NODE, offset=-0.0125)) == "+12.500 ms"
+    assert offset(tracked(NODE, offset=17.3)) == "-17300.000 ms"
+    assert offset(tracked(NODE, leap="Not synchronised")) is None
+    assert offset(replace(NODE, tracking=None)) is None
 
 
 def test_a_node_that_no_longer_hears_a_healthy_head_is_not_synchronised() -> None:
@@ -297,7 +314,9 @@ def test_the_proof_leaves_an_unreachable_node_to_the_ssh_role(tmp_path: Path) ->
     assert proof(target("node2")) == "true"
 
 
-@pytest.mark.parametrize("name", ["bookworm-node1", "bookworm-node2", "el9", "bookworm-timesyncd"])
+@pytest.mark.parametrize(
+    "name", ["bookworm-node1", "bookworm-node2", "bookworm-ntpsec", "bookworm-timesyncd", "el9"]
+)
 def test_a_truncated_answer_is_never_fine(name: str) -> None:
     text = (RECORDED / f"{name}.txt").read_text().rstrip("\n")
     for length in range(len(text)):
