@@ -9,8 +9,8 @@ from roles.compiler.drift import unfit
 from roles.compiler.probe import MARK, NAMES, WRAPPERS, CompilerState
 from roles.compiler.spec import CompilerSpec
 from roles.core.role import Finding, Peers, Target
-from roles.core.steps import Shell, Step, quote, write_file
-from roles.packages.converge import INSTALL_SECONDS, installing
+from roles.core.steps import Shell, Step, write_file
+from roles.packages.converge import installing
 from roles.packages.spec import PackagesSpec
 
 
@@ -29,7 +29,7 @@ def converge(
         names.append(headers_package(state))
     if names:
         packages = target.cluster.section("packages", PackagesSpec) or PackagesSpec()
-        yield installing(packages, names) if state.manager == "apt" else _with_dnf(names)
+        yield installing(packages, state.manager, names)
     if choice:
         yield Shell(_wrappers(choice, target.spec, state))
     if "ninja-missing" in ids:  # some systems call it ninja-build alone, which torch does not know
@@ -37,16 +37,6 @@ def converge(
             "if ! test -e /usr/bin/ninja && test -x /usr/bin/ninja-build; "
             f"then ln -sfn /usr/bin/ninja-build {WRAPPERS}/ninja; fi"
         )
-
-
-def _with_dnf(names: Sequence[str]) -> Shell:
-    words = " ".join(quote(name) for name in names)
-    return Shell(
-        "export LC_ALL=C\n"
-        "if command -v dnf >/dev/null; then dnf=dnf; else dnf=yum; fi\n"
-        f"$dnf -y -q install {words} >&2",
-        INSTALL_SECONDS,
-    )
 
 
 def wrapper(choice: Choice, name: str) -> str:

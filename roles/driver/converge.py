@@ -157,11 +157,8 @@ def forgetting(name: str, version: str, whole: bool) -> str:
     )
 
 
-def _install(wanted: Wanted, state: DriverState, ids: set[str]) -> list[str]:
+def _missing(wanted: Wanted, state: DriverState, ids: set[str]) -> list[str]:
     names: list[str] = []
-    if "driver-package" in ids:
-        mark = "=" if state.manager == "apt" else "-"
-        names += [f"{name}{mark}{wanted.packages[name]}" for name in packages_wrong(wanted, state)]
     if "dkms-missing" in ids:
         names.append("dkms")
     if "kernel-headers-missing" in ids:
@@ -179,12 +176,12 @@ def converge(
     if wanted is None or state is None:
         return
     ids = {finding.id for finding in findings}
-    names = _install(wanted, state, ids)
-    if names and state.manager == "apt":
-        yield installing(target.cluster.section("packages", PackagesSpec) or PackagesSpec(), names)
-    elif names:
-        words = " ".join(map(quote, names))
-        yield Shell(f"dnf -y install -- {words} || yum -y install {words}", BUILD_SECONDS)
+    names = _missing(wanted, state, ids)
+    wrong = packages_wrong(wanted, state) if "driver-package" in ids else []
+    if names or wrong:
+        packages = target.cluster.section("packages", PackagesSpec) or PackagesSpec()
+        exact = {name: wanted.packages[name] for name in wrong}
+        yield installing(packages, state.manager, names, versions=exact)
     if "nouveau-not-blocked" in ids:
         yield Shell(write_file(BLOCK_FILE, BLOCK_TEXT, backup=False))
     if ids & {"nouveau-not-blocked", "nouveau-initramfs"}:

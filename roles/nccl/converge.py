@@ -15,29 +15,11 @@ from roles.core.steps import Shell, Step, quote, write_file
 from roles.nccl.drift import Wanted, lock_line, may_go, package_names, pin_text, strays, wanted
 from roles.nccl.probe import DAMAGE, PIN, NcclState
 from roles.nccl.spec import NcclSpec
-from roles.packages.probe import SOURCE
+from roles.packages.converge import installing
+from roles.packages.managers import INSTALL_SECONDS, PATIENCE, apt, apt_ready
 from roles.packages.spec import PackagesSpec
 
-SECONDS = 1800
-LOCK_SECONDS = 60
 REMOVED = "/var/lib/lockstep/removed"
-
-# A failure ends with the line that names its cause. apt waits for dpkg's lock by itself, but not for
-# that of its lists.
-_TOLD = f"""
-told() {{
-  end=$(($(date +%s) + {LOCK_SECONDS}))
-  while ! said=$("$@" </dev/null 2>&1); do
-    case $said in *'Could not get lock'*|*'waiting for lock'*)
-      test "$(date +%s)" -ge "$end" || {{ sleep 2; continue; }};;
-    esac
-    printf '%s\\n' "$said" >&2
-    printf '%s\\n' "$said" | awk '/^dpkg: error/ {{ getline more; why = $0 more; exit }}
-      /^(E|Error): / && why == "" {{ why = $0 }} END {{ if (why != "") print why }}' >&2
-    return 1
-  done
-}}
-""".lstrip()
 
 
 def converge(
@@ -65,9 +47,10 @@ def converge(
     if "nccl-damaged" in ids or (not right and ids & {"nccl-missing", "nccl-version-mismatch"}):
         again = "nccl-damaged" in ids
         if state.manager == "apt":
-            yield Shell(apt_transaction(target.cluster, names, state, want.package, again), SECONDS)
+            change = apt_transaction(target.cluster, names, state, want.package, again)
         else:
-            yield Shell(rpm_transaction(names, state, want.package, again), SECONDS)
+            change = rpm_transaction(target.cluster, names, state, want.package, again)
+        yield Shell(change, INSTALL_SECONDS)
         return
     if "nccl-unheld" in ids:
         yield Shell(
@@ -87,28 +70,10 @@ def apt_transaction(
     When it fails the packages go back to the versions they had, as far as these can be had, and what
     was held is held. again: unpack them although they have this version.
     """
-    options = [
-        f"DPkg::Lock::Timeout={LOCK_SECONDS}",
-        "Dpkg::Use-Pty=0",
-        "Dpkg::Options::=--force-confdef",
-        "Dpkg::Options::=--force-confold",
-    ]
-    packages = cluster.section("packages", PackagesSpec)
-    if packages and packages.local:
-        options += [
-            f"Dir::Etc::sourcelist={SOURCE}",
-            "Dir::Etc::sourceparts=-",
-            "APT::Get::List-Cleanup=0",
-            "APT::Sandbox::User=root",
-        ]
-    argv = ["apt-get", "-y", "-q"]
-    for option in options:
-        argv += ["-o", option]
-    apt = " ".join(map(quote, argv))
-    install = (
-        f"{apt} install --no-install-recommends --no-remove --allow-downgrades "
-        f"--allow-change-held-packages{' --reinstall' if again else ''} --"
-    )
+    packages = cluster.section("packages", PackagesSpec) or PackagesSpec()
+    words = ["--no-install-recommends", "--no-remove", "--allow-downgrades"]
+    words += ["--allow-change-held-packages", *(["--reinstall"] if again else []), "--"]
+    install = apt(packages, "install", *words)
     before = {name: state.packages[name][0] for name in names if name in state.packages}
     held = " ".join(name for name, one in before.items() if one.held)
     old = " ".join(quote(f"{name}={one.version}") for name, one in before.items())
@@ -121,8 +86,7 @@ def apt_transaction(
     new = " ".join(quote(f"{name}={version}") for name in names)
     return "\n".join(
         [
-            "export LC_ALL=C DEBIAN_FRONTEND=noninteractive NEEDRESTART_SUSPEND=1 APT_LISTCHANGES_FRONTEND=none",
-            _TOLD.rstrip(),
+            PATIENCE.rstrip(),
             "undo() {",
             "code=$?; trap - EXIT",
             "test $code -ne 0 || return 0",
@@ -134,8 +98,8 @@ def apt_transaction(
             "}",
             "trap undo EXIT",
             "trap 'exit 1' HUP INT TERM",
-            f"told {apt} update",
-            f"told {install} {new}",
+            *apt_ready(packages),
+            f"{install} {new}",
             write_file(PIN, pin_text(names, version), backup=False),
             f"apt-mark hold {' '.join(names)} >/dev/null",
             f"rm -f {DAMAGE}",
@@ -143,33 +107,18 @@ def apt_transaction(
     )
 
 
-def rpm_transaction(names: Sequence[str], state: NcclState, version: str, again: bool) -> str:
+def rpm_transaction(
+    cluster: Cluster, names: Sequence[str], state: NcclState, version: str, again: bool
+) -> str:
     """Shell: all packages to this version at once with dnf or yum, then the lock list.
 
     The lock list is passed over for this one transaction and stays as it is when that fails.
     """
-    full = [quote(f"{name}-{version}") for name in names]
-    words = " ".join(full)
-    lines = [
-        "export LC_ALL=C",
-        _TOLD.rstrip(),
-        "tool=yum; if command -v dnf >/dev/null; then tool=dnf; fi",
-        'act() { told "$tool" -y -q --disableplugin=versionlock "$@"; }',
-    ]
-    if again:
-        lines.append(f"act reinstall {words}")
-    else:
-        # yum of release 7 installs no older version where a newer one is; it must be told "downgrade".
-        lines += [
-            f"if test $tool = dnf; then act install {words}; else act install {words} && "
-            f"rpm -q {words} >/dev/null || act downgrade {words}; fi",
-        ]
-    lines.append(
-        f"rpm -q {words} >/dev/null || {{ echo 'Error: not installed: {' '.join(names)} {version}' >&2; exit 1; }}"
-    )
-    if state.lock_list:
-        lines.append(write_locks(state, names, version))
-    return "\n".join([*lines, f"rm -f {DAMAGE}"])
+    packages = cluster.section("packages", PackagesSpec) or PackagesSpec()
+    exact = dict.fromkeys(names, version)
+    step = installing(packages, "rpm", [], versions=exact, reinstall=again, past_locks=True)
+    locks = [write_locks(state, names, version)] if state.lock_list else []
+    return "\n".join([step.command, *locks, f"rm -f {DAMAGE}"])
 
 
 def write_locks(state: NcclState, names: Sequence[str], version: str) -> str:

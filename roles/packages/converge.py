@@ -2,38 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from roles.core.role import Finding, Peers, Target
 from roles.core.steps import Shell, Step, quote, write_file
 from roles.packages.drift import missing, source_text
-from roles.packages.probe import POLICY, POLICY_MARK, SOURCE, PackagesState
+from roles.packages.managers import (
+    APT_SOURCE,
+    INSTALL_SECONDS,
+    PATIENCE,
+    TRIAL,
+    Manager,
+    apt,
+    apt_ready,
+    dnf,
+    dnf_trial,
+    full_names,
+    removing_only,
+)
+from roles.packages.probe import POLICY, POLICY_MARK, PackagesState
 from roles.packages.spec import PackagesSpec
 
-LOCK_SECONDS = 60
-"""How long another process (an unattended upgrade) may hold the locks of apt and dpkg."""
-
-INSTALL_SECONDS = 1800
-
-# ``patiently`` runs a command again while the lock is taken: apt waits for dpkg's lock by itself, but
-# not for that of its lists, and dpkg waits for none. A failure ends with the line that names its
-# cause, not with apt's last word, which says only that something failed.
 # The policy file lets no new service start by itself, and goes when this shell ends; a restart of
 # what runs already is allowed. A policy that somebody else made stays in force.
-_PREAMBLE = f"""
-export LC_ALL=C DEBIAN_FRONTEND=noninteractive NEEDRESTART_SUSPEND=1 APT_LISTCHANGES_FRONTEND=none
-patiently() {{
-  end=$(($(date +%s) + {LOCK_SECONDS}))
-  while ! said=$("$@" </dev/null 2>&1); do
-    case $said in
-      *'Could not get lock'*|*'locked by another process'*)
-        test "$(date +%s)" -ge "$end" || {{ sleep 2; continue; }};;
-    esac
-    printf '%s\\n' "$said" >&2
-    printf '%s\\n' "$said" | grep -m 1 -E '^(E|dpkg): ' >&2 || true
-    return 1
-  done
-}}
+_APT_PREAMBLE = f"""
 if ! test -e {POLICY}; then
   trap 'rm -f {POLICY}' EXIT
   trap 'exit 1' HUP INT TERM
@@ -48,36 +40,77 @@ fi
 """.lstrip()
 
 
-def _apt(spec: PackagesSpec, action: str, *words: str) -> str:
-    options = [
-        f"DPkg::Lock::Timeout={LOCK_SECONDS}",
-        "Dpkg::Use-Pty=0",
-        "Dpkg::Options::=--force-confdef",
-        "Dpkg::Options::=--force-confold",
-    ]
-    if spec.local:  # this source alone; the lists of the others stay as they are
-        options += [
-            f"Dir::Etc::sourcelist={SOURCE}",
-            "Dir::Etc::sourceparts=-",
-            "APT::Get::List-Cleanup=0",
-            "APT::Sandbox::User=root",
-        ]
-    argv = ["patiently", "apt-get", "-y", "-q"]
-    for option in options:
-        argv += ["-o", option]
-    return " ".join(quote(word) for word in [*argv, action, *words])
+def installing(
+    spec: PackagesSpec,
+    manager: Manager,
+    names: Sequence[str],
+    *,
+    versions: Mapping[str, str] | None = None,
+    reinstall: bool = False,
+    instead_of: Sequence[str] = (),
+    past_locks: bool = False,
+) -> Shell:
+    """The step that installs packages from the declared source, with apt, dnf or yum, in one transaction.
 
-
-def installing(spec: PackagesSpec, names: Sequence[str], reinstall: bool = False) -> Shell:
-    """The step that installs packages from the declared source; it removes none.
-
+    names: packages at any version. versions: packages at exactly that one, also when it is an older.
     reinstall: unpack them again although they are installed.
+    instead_of: installed packages that may go for it; a transaction that would remove anything
+    else is refused before it begins.
+    past_locks: dnf's and yum's lock list does not count; the caller writes it anew afterwards.
     """
-    words = ["--no-install-recommends", "--no-remove", *(["--reinstall"] if reinstall else [])]
-    return Shell(
-        f"{_PREAMBLE}{_apt(spec, 'update')}\n{_apt(spec, 'install', *words, '--', *names)}",
-        INSTALL_SECONDS,
+    exact = full_names(manager, versions or {})
+    if manager == "apt":
+        lines = _with_apt(spec, [*names, *exact], bool(versions), reinstall, instead_of)
+        return Shell("\n".join([PATIENCE + _APT_PREAMBLE.rstrip(), *lines]), INSTALL_SECONDS)
+    options = ["--disableplugin=versionlock"] if past_locks else []
+    lines = _with_dnf(spec, options, [*names, *exact], exact, reinstall, instead_of)
+    return Shell("\n".join([PATIENCE + TRIAL.rstrip(), *lines]), INSTALL_SECONDS)
+
+
+def _with_apt(
+    spec: PackagesSpec, names: list[str], exact: bool, reinstall: bool, instead_of: Sequence[str]
+) -> list[str]:
+    words = ["--no-install-recommends"]
+    words += ["--allow-downgrades"] if exact else []
+    words += ["--reinstall"] if reinstall else []
+    if not instead_of:
+        return [*apt_ready(spec), apt(spec, "install", *words, "--no-remove", "--", *names)]
+    words += ["--", *names, *(f"{name}-" for name in instead_of)]  # apt's way to say "remove it"
+    dry = apt(spec, "install", "--simulate", *words).removeprefix("patiently ")
+    check = removing_only(instead_of, f"{dry} | awk '/^Remv / {{ print $2 }}'")
+    return [*apt_ready(spec), check, apt(spec, "install", *words)]
+
+
+def _with_dnf(
+    spec: PackagesSpec,
+    options: Sequence[str],
+    words: Sequence[str],
+    exact: Sequence[str],
+    reinstall: bool,
+    instead_of: Sequence[str],
+) -> list[str]:
+    if reinstall:
+        return [dnf(spec, *options, "reinstall", *words)]
+    # yum has no such option: it removes only what a new package replaces by its own word.
+    erasing = ' $(test "$dnf" = yum || echo --allowerasing)' if instead_of else ""
+    lines = [
+        removing_only(instead_of, dnf_trial(spec, *options, "install", *words) + erasing),
+        dnf(spec, *options, "install", *words) + erasing,
+    ]
+    if exact:  # yum installs no older version where a newer one is; it must be told "downgrade"
+        lines.append(
+            f'test "$dnf" != yum || rpm -q {" ".join(map(quote, exact))} >/dev/null || '
+            + dnf(spec, *options, "downgrade", *exact)
+        )
+    # yum says 0 as long as it could install one of them.
+    source = spec.local or "the sources of the node"
+    lines.append(
+        f"for name in {' '.join(map(quote, words))}; do\n"
+        '  rpm -q "$name" >/dev/null || rpm -q --whatprovides "$name" >/dev/null || {\n'
+        f'    echo "Error: not installed: $name (from {source})" >&2; exit 1; }}\n'
+        "done"
     )
+    return lines
 
 
 def mending(spec: PackagesSpec, unpacked_badly: Sequence[str]) -> Shell:
@@ -86,13 +119,13 @@ def mending(spec: PackagesSpec, unpacked_badly: Sequence[str]) -> Shell:
     unpacked_badly: packages whose files are not all there; they are unpacked again.
     """
     lines = [
-        f"patiently dpkg --force-confdef --force-confold --configure -a || {{ {_apt(spec, 'update')}; "
-        f"{_apt(spec, 'install', '-f', '--no-install-recommends', '--no-remove')}; }}"
+        f"patiently dpkg --force-confdef --force-confold --configure -a || {{ {apt(spec, 'update')}; "
+        f"{apt(spec, 'install', '-f', '--no-install-recommends', '--no-remove')}; }}"
     ]
     if unpacked_badly:
         again = ["--reinstall", "--no-install-recommends", "--no-remove", "--", *unpacked_badly]
-        lines += [_apt(spec, "update"), _apt(spec, "install", *again)]
-    return Shell(_PREAMBLE + "\n".join(lines), INSTALL_SECONDS)
+        lines += [apt(spec, "update"), apt(spec, "install", *again)]
+    return Shell(PATIENCE + _APT_PREAMBLE + "\n".join(lines), INSTALL_SECONDS)
 
 
 def converge(
@@ -108,12 +141,14 @@ def converge(
         yield Shell(f"rm -f {POLICY}")
     if "package-source" in ids:
         if spec.local:
-            yield Shell(write_file(SOURCE, source_text(spec.local), backup=False))
+            yield Shell(write_file(APT_SOURCE, source_text(spec.local), backup=False))
         else:
-            yield Shell(f"rm -f {SOURCE}")
+            yield Shell(f"rm -f {APT_SOURCE}")
     if "package-interrupted" in ids:
         bad = [name for name, status in state.interrupted.items() if "H" in status or "R" in status]
         yield mending(spec, bad)
     if "package-missing" in ids:
         names = missing(spec, state)
-        yield installing(spec, [n for n in names if state.offered is None or n in state.offered])
+        yield installing(
+            spec, state.manager, [n for n in names if state.offered is None or n in state.offered]
+        )

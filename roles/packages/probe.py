@@ -11,13 +11,12 @@ from typing import Literal, cast
 
 from roles.core.role import Target, Unreadable, whole
 from roles.core.steps import quote
+from roles.packages.managers import APT_SOURCE, Manager
 from roles.packages.spec import PackagesSpec
 
-SOURCE = "/etc/apt/sources.list.d/lockstep-local.list"
 POLICY = "/usr/sbin/policy-rc.d"
 POLICY_MARK = "# lockstep: for the time of one installation"
 
-Manager = Literal["apt", "rpm"]
 Repository = Literal["none", "absent", "unindexed", "present"]
 
 
@@ -98,7 +97,7 @@ if command -v dpkg-query >/dev/null; then
   if test -f {POLICY}; then
     while read -r line; do case $line in {quote(POLICY_MARK)}) say policy left;; esac; done <{POLICY}
   fi
-  if test -e {SOURCE}; then echo source; cat {SOURCE} || exit 3; fi
+  if test -e {APT_SOURCE}; then echo source; cat {APT_SOURCE} || exit 3; fi
 elif command -v rpm >/dev/null; then
   say manager rpm
   test -z "$names" || rpm -q --qf 'package\\t%{{NAME}}\\t%{{VERSION}}-%{{RELEASE}}\\n' $names 2>&1

@@ -28,4 +28,6 @@ def converge(
         yield Shell("\n".join(lines))
     packages = packages_for_repair(target)
     if "pdsh-modules" in ids and packages is not None:
-        yield installing(packages, ["pdsh"], reinstall=True)
+        yield installing(
+            packages, "apt" if state.dialect == "deb" else "rpm", ["pdsh"], reinstall=True
+        )

