@@ -87,7 +87,7 @@ def _findings(target: Target[HostsSpec], state: HostsState, peers: Peers) -> Ite
             else "no such block"
         )
         yield Finding(
-            "hosts-entries",
+            "hostname-unresolvable",
             f"{len(lines)} nodes in /etc/hosts",
             seen,
             "the block in /etc/hosts is written",

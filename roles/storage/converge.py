@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from roles.core.role import Finding, Peers, Target
 from roles.core.steps import Shell, Step, quote
+from roles.storage.drift import strays
 from roles.storage.probe import TOKEN_FILE, StorageState
 from roles.storage.spec import StorageSpec
 
@@ -30,6 +31,10 @@ def converge(
         if state.mark is None and not target.is_head:
             yield Shell(_see_the_mark(target, enter), seconds=SEEN_SECONDS + 60)
         yield Shell(_token(target, enter))
+    if "storage-token-left" in ids:
+        folder = f".lockstep/nodes/{target.cluster.name}"
+        left = [quote(f"{folder}/{name}.{token}") for name, token in strays(target, state)]
+        yield Shell(f"{enter}rm -f -- {' '.join(left)}")
     if "storage-modes" in ids:
         yield Shell(f"{enter}chmod go-w {' '.join(quote(path) for path in state.open)}")
 

@@ -77,7 +77,7 @@ def _unusable(target: Target[StorageSpec], state: StorageState) -> Iterator[Find
     plain = is_plain(state)
     if plain and len(target.cluster.nodes) > 1 and not state.exported:
         yield Finding(
-            "storage-not-mounted",
+            "nfs-mount-wrong",
             f"the shared storage mounted at {path}",
             f"a plain directory on {state.mount.source if state.mount else 'this disk'}",
             f"mount it (and add it to /etc/fstab with _netdev), or declare as storage.path a directory "
@@ -104,7 +104,7 @@ def _unusable(target: Target[StorageSpec], state: StorageState) -> Iterator[Find
         )
     elif not state.writable:
         yield Finding(
-            "storage-not-writable",
+            "nfs-root-squash",
             f"root can write to {path}",
             "permission denied",
             "export it with no_root_squash, or give the directory to the user that root is mapped to",
@@ -116,7 +116,7 @@ def _full(target: Target[StorageSpec], state: StorageState) -> Iterator[Finding]
     path = target.spec.path
     if state.free < target.spec.free:
         yield Finding(
-            "storage-full",
+            "checkpoint-disk-full",
             f"{target.spec.free} MiB free at {path}",
             f"{state.free} MiB",
             "remove old checkpoints or archives, or make the storage larger",
@@ -124,7 +124,7 @@ def _full(target: Target[StorageSpec], state: StorageState) -> Iterator[Finding]
         )
     if state.inodes is not None and state.inodes < LEAST_INODES:
         yield Finding(
-            "storage-inodes",
+            "checkpoint-disk-full",
             f"{LEAST_INODES} free inodes at {path}",
             str(state.inodes),
             "remove small files, or make the file system with more inodes",
@@ -214,6 +214,13 @@ def _marks(target: Target[StorageSpec], state: StorageState, peers: Peers) -> It
             "none" if target.node.name not in state.tokens else "another",
             "it is written there, once this node sees the head's mark",
         )
+    if left := sorted(name for name, _ in strays(target, state)):
+        yield Finding(
+            "storage-token-left",
+            "tokens of the declared nodes alone",
+            f"one of {', '.join(left)} too",
+            "what a removed node left there is removed",
+        )
     if state.open:
         yield Finding(
             "storage-modes",
@@ -221,6 +228,18 @@ def _marks(target: Target[StorageSpec], state: StorageState, peers: Peers) -> It
             f"{', '.join(state.open)} open to others",
             "group and others may no longer write there",
         )
+
+
+def strays(target: Target[StorageSpec], state: StorageState) -> list[tuple[str, str]]:
+    """(node, token) of each token whose node the cluster file no longer declares; the head sees to them."""
+    if not target.is_head:
+        return []
+    return [
+        (name, token)
+        for name, tokens in state.tokens.items()
+        for token in tokens
+        if name not in target.cluster.nodes
+    ]
 
 
 def _of_head(target: Target[StorageSpec]) -> Target[StorageSpec]:

@@ -39,7 +39,7 @@ def test_bare_nodes_are_reported_as_drift_and_nothing_is_changed_by_looking(
     }
     report = lab.verify()
     found = {(finding["node"], finding["id"]) for finding in report["findings"]}
-    assert ("node1", "hosts-entries") in found and ("node2", "hostname-loopback") in found
+    assert ("node1", "hostname-unresolvable") in found and ("node2", "hostname-loopback") in found
     after = {
         node: lab.shell(node, "cat /etc/hosts; ls /etc/ssh /etc/security/limits.d")
         for node in ("node1", "node2")
@@ -51,7 +51,7 @@ def test_a_dry_run_lists_the_work_and_changes_nothing(lab: LabUnderTest) -> None
     before = lab.shell("node1", "cat /etc/hosts; dpkg-query -l pdsh 2>&1; ls /opt; true")
     done = lab.pyinfra("deploy/cluster.py", "--dry")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "hosts-entries" in done.stderr and "job-absent" in done.stderr
+    assert "hostname-unresolvable" in done.stderr and "job-absent" in done.stderr
     assert lab.shell("node1", "cat /etc/hosts; dpkg-query -l pdsh 2>&1; ls /opt; true") == before
     assert not RUNS.exists()
 

@@ -33,7 +33,7 @@ def ids(state: HostsState, peers: Mapping[str, HostsState] = PEERS) -> list[str]
 
 
 def test_a_fresh_debian_node_misses_the_entries_and_resolves_itself_to_loopback() -> None:
-    assert ids(HostsState("node1", DEBIAN, False)) == ["hosts-entries", "hostname-loopback"]
+    assert ids(HostsState("node1", DEBIAN, False)) == ["hostname-unresolvable", "hostname-loopback"]
 
 
 def test_what_converge_writes_has_no_drift_left_and_keeps_the_other_lines() -> None:
@@ -74,7 +74,7 @@ def test_a_missing_file_is_empty_and_not_unreadable(tmp_path: Path) -> None:
 def test_a_node_that_was_taken_out_of_the_file_leaves_the_block() -> None:
     state = right()
     old = state.text.replace("10.77.0.12 node2", "10.77.0.12 node2\n10.77.0.13 node3")
-    assert ids(HostsState("node1", old, False)) == ["hosts-entries"]
+    assert ids(HostsState("node1", old, False)) == ["hostname-unresolvable"]
     assert "node3" not in right(old).text
 
 

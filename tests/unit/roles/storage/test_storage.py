@@ -84,14 +84,13 @@ def test_nodes_that_share_one_directory_have_no_drift(name: str) -> None:
 
 
 def test_the_recorded_lab_nodes_have_no_drift() -> None:
-    two = {name: NODES[name] for name in NAMES[:2]}
-    cluster = replace(CLUSTER, nodes=two)
     seen = {
-        name: parse((RECORDED / f"debian12-{name}.txt").read_text().rstrip("\n")) for name in two
+        name: parse((RECORDED / f"debian12-{name}.txt").read_text().rstrip("\n"))
+        for name in NAMES[:2]
     }
     for name, other in (("node1", "node2"), ("node2", "node1")):
-        assert role.drift(Target(cluster, two[name], SPEC), seen[name], {other: seen[other]}) == []
-        assert role.drift(Target(cluster, two[name], SPEC), seen[name], {}) == []
+        assert role.drift(TARGETS[name], seen[name], {other: seen[other]}) == []
+        assert role.drift(TARGETS[name], seen[name], {}) == []
 
 
 @pytest.mark.parametrize(
@@ -99,13 +98,13 @@ def test_the_recorded_lab_nodes_have_no_drift() -> None:
     [
         ({"access": "absent"}, "storage-missing"),
         ({"access": "stale"}, "nfs-stale-handle"),
-        ({"mount": Mount("/", "ext4", "/dev/sda1", ("rw",))}, "storage-not-mounted"),
-        ({"mount": Mount("/data", "xfs", "/dev/sdb", ("rw",)), "real": "/data/shared"}, "storage-not-mounted"),
+        ({"mount": Mount("/", "ext4", "/dev/sda1", ("rw",))}, "nfs-mount-wrong"),
+        ({"mount": Mount("/data", "xfs", "/dev/sdb", ("rw",)), "real": "/data/shared"}, "nfs-mount-wrong"),
         ({"mount": Mount("/shared", "nfs4", "s:/x", ("ro", "hard"))}, "storage-read-only"),
         ({"mount": Mount("/shared", "ext4", "/dev/sdb", ("rw", "ro"))}, "storage-read-only"),
-        ({"writable": False}, "storage-not-writable"),
-        ({"free": 1023}, "storage-full"),
-        ({"inodes": 999}, "storage-inodes"),
+        ({"writable": False}, "nfs-root-squash"),
+        ({"free": 1023}, "checkpoint-disk-full"),
+        ({"inodes": 999}, "checkpoint-disk-full"),
     ],
 )  # fmt: skip
 def test_what_only_the_user_can_mend_is_told_and_nothing_is_written(
@@ -123,7 +122,7 @@ def test_an_empty_directory_in_place_of_the_mount_is_never_written(name: str) ->
         name, mount=Mount("/", "ext4", "/dev/sda1", ("rw",)), mark=None, token=None, tokens={}
     )
     found = findings(name, plain, node1=None, node2=None, node3=None)
-    assert [one.id for one in found] == ["storage-not-mounted"] and "mount it" in found[0].fix
+    assert [one.id for one in found] == ["nfs-mount-wrong"] and "mount it" in found[0].fix
     assert script(name, plain) == ""
 
 
@@ -151,7 +150,8 @@ def test_the_nfs_server_itself_may_use_the_plain_directory_that_it_exports() -> 
 
 def test_a_single_node_may_use_a_plain_directory() -> None:
     cluster = replace(CLUSTER, nodes={"node1": NODES["node1"]})
-    plain = state("node1", mount=Mount("/", "ext4", "/dev/sda1", ("rw",)))
+    own = {"node1": (TOKENS["node1"],)}
+    plain = state("node1", mount=Mount("/", "ext4", "/dev/sda1", ("rw",)), tokens=own)
     assert role.drift(Target(cluster, NODES["node1"], SPEC), plain, {}) == []
     fresh = replace(plain, mark=None, token=None, tokens={})
     found = role.drift(Target(cluster, NODES["node1"], SPEC), fresh, {})
@@ -249,8 +249,23 @@ def test_dead_peers_change_nothing(name: str) -> None:
     assert ids(name, ALL[name], node1=None, node2=None, node3=None) == []
 
 
+def test_the_head_removes_what_a_removed_node_left_and_nothing_else() -> None:
+    seen = state("node1", tokens={**ALL["node1"].tokens, "old": ("a" * 32, "b" * 32)})
+    assert ids("node1", seen) == ["storage-token-left"]
+    done = script("node1", seen)
+    assert (
+        f"rm -f -- .lockstep/nodes/lab164/old.{'a' * 32} .lockstep/nodes/lab164/old.{'b' * 32}"
+        in done
+    )
+    assert "node1." not in done
+    assert ids("node2", state("node2", tokens=seen.tokens)) == []
+
+
 def test_a_full_disk_does_not_hide_that_a_token_is_missing() -> None:
-    assert ids("node2", state("node2", free=0, token=None)) == ["storage-full", "storage-token"]
+    assert ids("node2", state("node2", free=0, token=None)) == [
+        "checkpoint-disk-full",
+        "storage-token",
+    ]
 
 
 def test_an_nfs_client_with_a_space_in_its_mount_point_is_read() -> None:
@@ -364,13 +379,14 @@ def test_two_nodes_on_one_directory_agree_and_a_plain_copy_does_not(
     shared, copy = tmp_path / "shared", tmp_path / "copy"
     shared.mkdir()
     spec = StorageSpec(kind="existing", path=str(shared))
-    single = {
-        name: Target(replace(CLUSTER, nodes={name: NODES[name]}), NODES[name], spec)
+    heads = {
+        name: Target(replace(CLUSTER, nodes={name: NODES[name], **NODES}), NODES[name], spec)
         for name in NAMES
     }
     own = {name: tmp_path / name / "token" for name in NAMES}
     for name in ("node1", "node2"):
-        done = carry_out(single[name], look(shared, own[name]), {}, own[name])
+        here = replace(look(shared, own[name]), exported=True)
+        done = carry_out(heads[name], here, {}, own[name])
         assert done.returncode == 0, done.stderr
     seen = {name: look(shared, own[name], shell) for name in ("node1", "node2")}
     assert seen["node1"].mark == seen["node2"].mark and seen["node1"].open == ()
