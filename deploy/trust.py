@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from paramiko import PKey, SSHException, Transport
-from paramiko.hostkeys import HostKeyEntry, HostKeys, InvalidHostKey
+from paramiko.hostkeys import HostKeyEntry, InvalidHostKey
 
 from inventory.cluster import Cluster, Node
+from roles.ssh.drift import is_name
 
 SECONDS = 10
 DONE, DECLINED, WRONG = 0, 1, 2
@@ -192,13 +193,7 @@ def _entry(line: str) -> HostKeyEntry | None:
 
 
 def _names(found: HostKeyEntry, entry: str) -> bool:
-    return any(_same(name, entry) for name in found.hostnames or [])
-
-
-def _same(name: str, entry: str) -> bool:
-    if name.startswith("|1|"):
-        return HostKeys.hash_host(entry, name) == name
-    return name == entry
+    return any(is_name(name, entry) for name in found.hostnames or [])
 
 
 def replaced(text: str, entry: str, key: PKey) -> str:
@@ -209,7 +204,7 @@ def replaced(text: str, entry: str, key: PKey) -> str:
         if found is None or not _names(found, entry):
             lines.append(line)
             continue
-        rest = [name for name in found.hostnames or [] if not _same(name, entry)]
+        rest = [name for name in found.hostnames or [] if not is_name(name, entry)]
         if rest:
             lines.append(" ".join([",".join(rest), *line.split()[1:]]))
     lines.append(f"{entry} {key.get_name()} {key.get_base64()}")

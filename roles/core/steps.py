@@ -62,6 +62,14 @@ Quoted = Callable[[str], str]
 quote: Quoted = shlex.quote
 
 
+def relabel(path: str) -> str:
+    """Shell that gives a path the context that SELinux's policy has for it, where SELinux is on.
+
+    What is moved or made anew keeps the context of where it was made, and a service may not read it.
+    """
+    return f"if test -e /sys/fs/selinux/enforce; then restorecon {quote(path)} || :; fi"
+
+
 def write_file(path: str, text: str, mode: str = "0644", backup: bool = True) -> str:
     """Shell that makes the file hold exactly this text, owned by root, at once or not at all.
 
@@ -84,7 +92,8 @@ def write_file(path: str, text: str, mode: str = "0644", backup: bool = True) ->
         f"{keep}"
         f"(umask 077; printf %s {encoded} | base64 -d > {fresh})\n"
         f"chown 0:0 {fresh}; chmod {mode} {fresh}\n"
-        f"mv -f {fresh} {target} 2>/dev/null || {{ cat {fresh} > {target}; chmod {mode} {target}; rm -f {fresh}; }}"
+        f"mv -f {fresh} {target} 2>/dev/null || {{ cat {fresh} > {target}; chmod {mode} {target}; rm -f {fresh}; }}\n"
+        f"{relabel(path)}"
     )
 
 

@@ -7,16 +7,17 @@ that was added meanwhile stays.
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from roles.core.role import Finding, Peers, Target
-from roles.core.steps import Shell, Step, quote, write_file
+from roles.core.steps import Shell, Step, quote, relabel, write_file
 from roles.ssh.drift import (
     BLOCK,
     authorized_line,
     cluster_key,
     includes,
     loose_paths,
+    stale_lines,
     unchecked,
     wanted_client,
     wanted_known_hosts,
@@ -72,7 +73,8 @@ def put_block(path: str, printing: str, mode: str) -> str:
         f"if test -e {target}; then cp -p {target} {fresh}; "
         f"LC_ALL=C awk -v b={quote(begin)} -v e={quote(end)} {quote(WITHOUT_BLOCK)} {target} > {fresh}; fi\n"
         f"printf '%s\\n' {quote(begin)} \"$lines\" {quote(end)} >> {fresh}\n"
-        f"mv -f {fresh} {target}"
+        f"mv -f {fresh} {target}\n"
+        f"{relabel(path)}"
     )
 
 
@@ -128,21 +130,40 @@ def add_server_rule(path: str, writing: str) -> str:
     )
 
 
-def comment_out(path: str, numbers: Sequence[int]) -> str:
-    """Shell that comments those lines out, if they still switch host key checking off."""
+def rewritten(path: str, awk: str) -> str:
+    """Shell that passes a file through awk; its owner and mode stay, and its first version beside it."""
     target, fresh, kept = (
         quote(path),
         quote(f"{path}.lockstep-new"),
         quote(f"{path}.before-lockstep"),
     )
-    chosen = " || ".join(f"NR == {number}" for number in numbers)
     return (
         f"if ! test -e {kept}; then cp -p {target} {kept}; fi\n"
         f"cp -p {target} {fresh}\n"
+        f"{awk} {target} > {fresh}; mv -f {fresh} {target}\n"
+        f"{relabel(path)}"
+    )
+
+
+def comment_out(path: str, numbers: Sequence[int]) -> str:
+    """Shell that comments those lines out, if they still switch host key checking off."""
+    chosen = " || ".join(f"NR == {number}" for number in numbers)
+    return rewritten(
+        path,
         "LC_ALL=C awk '"
         f"({chosen}) && tolower($0) ~ /stricthostkeychecking/ "
-        '{ print "# lockstep: host keys are checked: " $0; next } { print }'
-        f"' {target} > {fresh}; mv -f {fresh} {target}"
+        '{ print "# lockstep: host keys are checked: " $0; next } { print }\'',
+    )
+
+
+def forget_keys(path: str, lines: Mapping[str, str]) -> str:
+    """Shell that replaces every line that reads exactly so; by an empty one means that it goes."""
+    pairs = [word for pair in lines.items() for word in pair]
+    return rewritten(
+        path,
+        f"{literal(pairs)} | LC_ALL=C awk '"
+        "FNR == NR { if (FNR % 2) line = $0; else instead[line] = $0; next } "
+        '$0 in instead { if (instead[$0] != "") print instead[$0]; next } { print }\' -',
     )
 
 
@@ -162,11 +183,16 @@ def converge(
     if "ssh-modes" in ids:
         for path, mode in loose_paths(state).items():
             yield Shell(f"chown 0:0 {quote(path)}; chmod {mode} {quote(path)}")
+    if "ssh-selinux" in ids:
+        yield Shell("\n".join(relabel(path) for path in state.mislabelled))
     if "ssh-root-login" in ids:
         yield Shell(_server_rule(target, state))
     if "ssh-known-hosts" in ids:
         lines = wanted_known_hosts(target, state, peers)
         yield Shell(put_block(KNOWN_HOSTS, literal(lines), "0644"))
+    if "ssh-hostkey" in ids:
+        for path, stale in stale_lines(target, state, peers).items():
+            yield Shell(forget_keys(path, stale))
     if "ssh-config" in ids:
         client = wanted_client(target, state, peers)
         if includes(state.text(CLIENT_CONFIG), "ssh_config.d"):
@@ -196,8 +222,9 @@ def _authorize(target: Target[SshSpec], state: SshState, peers: Peers) -> str:
         return (
             f"echo {quote(f'{head} has no cluster key yet: bring {head} right first')} >&2; exit 1"
         )
-    return f"test -d {folder} || mkdir -m 0700 {folder}\n" + put_block(
-        state.authorized, printing, "0600"
+    return (
+        f"test -d {folder} || mkdir -m 0700 {folder}\n{relabel(state.authorized.rpartition('/')[0])}\n"
+        + put_block(state.authorized, printing, "0600")
     )
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
+import hashlib
+import hmac
 import re
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 
 from inventory.cluster import Node
 from roles.core.role import Finding, Peers, Target
-from roles.core.steps import block_lines
+from roles.core.steps import block_lines, managed_block
 from roles.ssh.probe import (
     CLIENT_CONFIG,
     CLIENT_FILE,
@@ -28,6 +32,17 @@ HOST_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9])?")
 def host_field(names: list[str], port: int) -> str:
     """The first field of a known_hosts line; a port other than 22 is part of each name."""
     return ",".join(names if port == 22 else [f"[{name}]:{port}" for name in names])
+
+
+def is_name(name: str, entry: str) -> bool:
+    """A name of a known_hosts line, hashed or not, is this entry."""
+    if not name.startswith("|1|"):
+        return name == entry
+    try:
+        salt, digest = (base64.b64decode(word, validate=True) for word in name.split("|")[2:])
+    except (binascii.Error, ValueError):
+        return False
+    return hmac.compare_digest(hmac.new(salt, entry.encode(), hashlib.sha1).digest(), digest)
 
 
 def names_in(line: str) -> list[str]:
@@ -77,6 +92,37 @@ def wanted_known_hosts(target: Target[SshSpec], state: SshState, peers: Peers) -
         field = host_field(names_of(target, node, state, peers), node.ssh.port)
         lines += [f"{field} {key.type} {key.blob}" for key in keys]
     return lines
+
+
+def stale_lines(
+    target: Target[SshSpec], state: SshState, peers: Peers
+) -> Mapping[str, Mapping[str, str]]:
+    """Path to the lines that give a node a key which is not its own, each with what may stay of it.
+
+    Such a key stays trusted: whoever holds it is taken for the node. Lockstep's own block is left out.
+    """
+    own: dict[str, set[PublicKey]] = {}
+    for node in target.cluster.nodes.values():
+        seen: SshState | None = state if node.name == target.node.name else peers.get(node.name)
+        if seen is not None and seen.host_keys:
+            for name in names_of(target, node, state, peers):
+                own[host_field([name], node.ssh.port)] = set(seen.host_keys)
+    found: dict[str, dict[str, str]] = {}
+    for path in (KNOWN_HOSTS, state.own_known_hosts):
+        for line in managed_block(state.text(path), BLOCK, []).splitlines():
+            words = line.split()
+            if len(words) < 3 or line.lstrip().startswith(("#", "@")):
+                continue
+            key, names = PublicKey(words[1], words[2]), words[0].split(",")
+            wrong = [
+                name
+                for name in names
+                if any(is_name(name, entry) and key not in keys for entry, keys in own.items())
+            ]
+            if wrong:
+                rest = ",".join(name for name in names if name not in wrong)
+                found.setdefault(path, {})[line] = " ".join([rest, *words[1:]]) if rest else ""
+    return found
 
 
 def wanted_client(target: Target[SshSpec], state: SshState, peers: Peers) -> list[str]:
@@ -272,6 +318,13 @@ def _authorized(target: Target[SshSpec], state: SshState, peers: Peers) -> Itera
             f"mode {mode.bits:04o}, owner {mode.owner}, which sshd refuses",
             f"it is made root's, mode {right}",
         )
+    if state.mislabelled:
+        yield Finding(
+            "ssh-selinux",
+            "root's ssh files in the context that SELinux's policy gives them",
+            f"another one on {', '.join(state.mislabelled)}",
+            "restorecon gives it back",
+        )
 
 
 def _server(target: Target[SshSpec], state: SshState) -> Iterator[Finding]:
@@ -354,6 +407,14 @@ def _known(target: Target[SshSpec], state: SshState, peers: Peers) -> Iterator[F
             f"{len(lines)} host keys in {KNOWN_HOSTS}",
             f"{len(missing)} missing, {len(left)} too many" if present else "none",
             "the block there is written",
+        )
+    for path, stale in stale_lines(target, state, peers).items():
+        names = sorted({line.split()[0] for line in stale})
+        yield Finding(
+            "ssh-hostkey",
+            "every node known by its own host keys alone",
+            f"another key for {', '.join(names)[:200]} in {path}",
+            "the name is taken out of that line",
         )
     mine = set(state.host_keys)
     twins = [

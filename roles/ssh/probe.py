@@ -49,6 +49,7 @@ class SshState:
     host_keys: sshd's public keys. authorized: the file where sshd looks for root's keys, or "none".
     key: the public half of the private key on the head; None without one, or when it cannot be read.
     modes, files: by path; a path that does not exist is absent. Bytes above 127 read as "?".
+    mislabelled: paths whose SELinux context is not the policy's; empty where SELinux is off.
     """
 
     hostname: str
@@ -61,6 +62,12 @@ class SshState:
     key: PublicKey | None
     modes: Mapping[str, Mode] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
+    mislabelled: tuple[str, ...] = ()
+
+    @property
+    def own_known_hosts(self) -> str:
+        """Root's own list of known host keys."""
+        return f"{self.home}/.ssh/known_hosts"
 
     @property
     def key_path(self) -> str:
@@ -121,11 +128,14 @@ for path in "$home" "$home/.ssh" "${authorized%/*}" "$authorized" "$key"; do
   if test -e "$path"; then set -- "$@" "$path"; fi
 done
 stat -L -c 'mode %a %u %n' -- "$@" || exit 1
+if test -e /sys/fs/selinux/enforce && command -v restorecon >/dev/null; then
+  restorecon -n -v "$@" 2>/dev/null | while read -r _ _ path _; do echo "label $path"; done
+fi
 if test "$is_head" = yes && test -e "$key"; then
   if seen=$(ssh-keygen -y -P '' -f "$key" 2>/dev/null </dev/null); then echo "key $seen"; else echo key; fi
 fi
 set --
-for path in "$authorized" "$home/.ssh/config" "$key.pub" /etc/ssh/ssh_known_hosts /etc/ssh/ssh_config \
+for path in "$authorized" "$home/.ssh/config" "$home/.ssh/known_hosts" "$key.pub" /etc/ssh/ssh_known_hosts /etc/ssh/ssh_config \
   /etc/ssh/ssh_config.d/*.conf /etc/ssh/sshd_config /etc/ssh/sshd_config.d/00-lockstep.conf; do
   if test -s "$path"; then set -- "$@" "$path"; fi
 done
@@ -160,6 +170,7 @@ def parse(text: str) -> SshState:
     host_keys: set[PublicKey] = set()
     modes: dict[str, Mode] = {}
     files: dict[str, list[str]] = {}
+    mislabelled: list[str] = []
     current: list[str] | None = None
     for line in text.split("\n"):
         kind, _, rest = line.partition(" ")
@@ -176,6 +187,8 @@ def parse(text: str) -> SshState:
             refusal.append(rest)
         elif kind == "hostkey":
             host_keys.add(public_key(rest))
+        elif kind == "label":
+            mislabelled.append(rest)
         elif kind == "mode":
             bits, owner, path = rest.split(" ", 2)
             modes[path] = Mode(int(bits, 8), int(owner))
@@ -197,4 +210,5 @@ def parse(text: str) -> SshState:
         key=public_key(key) if key else None,
         modes=modes,
         files={path: "".join(f"{line}\n" for line in content) for path, content in files.items()},
+        mislabelled=tuple(dict.fromkeys(mislabelled)),
     )

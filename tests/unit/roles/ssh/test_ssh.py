@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import hmac
 import os
 import re
 import shutil
@@ -22,6 +25,7 @@ from roles.ssh.drift import (
     HEADER,
     includes,
     settings_in_force,
+    stale_lines,
     wanted_client,
     wanted_known_hosts,
     wanted_server,
@@ -284,6 +288,81 @@ def test_cloned_host_keys_are_named_with_the_twin_and_left_to_the_user() -> None
         if one.id == "ssh-cloned-hostkey"
     ]
     assert len(found) == 1 and "node1" in found[0].seen and not found[0].repairable
+
+
+def hashed(name: str) -> str:
+    """As ssh-keygen -H writes a name."""
+    salt = b"0123456789abcdefghij"
+    digest = hmac.new(salt, name.encode(), hashlib.sha1).digest()
+    return "|1|" + "|".join(base64.b64encode(part).decode() for part in (salt, digest))
+
+
+STALE = f"""# old machines
+node2,printer ssh-ed25519 AAAAold
+10.77.164.12 ssh-rsa AAAAold comment
+{hashed("node1")} ssh-ed25519 AAAAold
+{hashed("elsewhere")} ssh-ed25519 AAAAold
+@revoked node2 ssh-ed25519 AAAAold
+[node2]:2222 ssh-ed25519 AAAAold
+broken
+"""
+
+
+@pytest.mark.parametrize("path", [KNOWN_HOSTS, "/root/.ssh/known_hosts"])
+def test_a_key_that_a_node_had_before_is_trusted_no_longer(path: str, tmp_path: Path) -> None:
+    own = f"node2 {TWO.host_keys[0].type} {TWO.host_keys[0].blob}\n"
+    state = with_file(ONE, path, ONE.text(path) + STALE + own)
+    found = findings(state, HEAD)
+    assert [one.id for one in found] == ["ssh-hostkey"] and path in found[0].seen
+    assert not stale_lines(HEAD, state, {}).get(path, {}).keys() - {
+        line for line in STALE.splitlines() if line.startswith(hashed("node1"))
+    }, "of a peer that cannot be read, nothing is known to be wrong"
+    file = tmp_path / "known_hosts"
+    file.write_text(state.text(path))
+    file.chmod(0o640)
+    done = sh(script(state, HEAD).replace(path, str(file)), tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert file.read_text() == ONE.text(path) + (
+        "# old machines\nprinter ssh-ed25519 AAAAold\n"
+        f"{hashed('elsewhere')} ssh-ed25519 AAAAold\n@revoked node2 ssh-ed25519 AAAAold\n"
+        f"[node2]:2222 ssh-ed25519 AAAAold\nbroken\n{own}"
+    )
+    assert file.stat().st_mode & 0o777 == 0o640
+    assert ids(with_file(state, path, file.read_text()), HEAD) == []
+
+
+def test_only_the_label_that_selinux_complains_of_is_given_back(tmp_path: Path) -> None:
+    labelled = replace(TWO, mislabelled=(AUTHORIZED,))
+    assert ids(labelled) == ["ssh-selinux"]
+    (tmp_path / "enforce").touch()
+    restorecon = tmp_path / "restorecon"
+    restorecon.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/said\n')
+    restorecon.chmod(0o755)
+    for enforce in ("enforce", "absent"):
+        text = script(labelled).replace("/sys/fs/selinux/enforce", f"{tmp_path}/{enforce}")
+        assert sh(text, tmp_path).returncode == 0
+    assert (tmp_path / "said").read_text() == f"{AUTHORIZED}\n"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "Would relabel {} from unconfined_u:object_r:admin_home_t:s0 to unconfined_u:object_r:ssh_home_t:s0",
+        "restorecon reset {} context unconfined_u:object_r:admin_home_t:s0->unconfined_u:object_r:ssh_home_t:s0",
+    ],
+    ids=["policycoreutils 2.9 and later", "policycoreutils 2.5"],
+)
+def test_the_probe_asks_selinux_where_it_is_on(tmp_path: Path, line: str) -> None:
+    (tmp_path / "root/.ssh").mkdir(parents=True)
+    restorecon = tmp_path / "restorecon"
+    restorecon.write_text(
+        f'#!/bin/sh\nfor path; do case $path in */.ssh) echo "{line.format("$path")}";; esac; done\n'
+    )
+    restorecon.chmod(0o755)
+    text = SCRIPT.replace("~root", f"{tmp_path}/root").replace("/etc/ssh", f"{tmp_path}/etc")
+    text = text.replace("/sys/fs/selinux/enforce", str(restorecon))
+    done = sh(f"set +e\nhead=node1 address=10.0.0.1 is_head=no\n{text}", tmp_path)
+    assert parse(done.stdout.rstrip("\n")).mislabelled == (f"{tmp_path}/root/.ssh",)
 
 
 @pytest.mark.parametrize(
