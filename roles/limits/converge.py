@@ -98,7 +98,7 @@ def converge(
     line = fstab_line(spec, state)
     if "shm-fstab" in ids and line is not None:
         yield Shell(write_fstab(line))
-    if "shm-size-now" in ids and spec.shm is not None:
+    if "shm-nccl" in ids and spec.shm is not None:
         size = f"size={size_bytes(spec.shm, state.memory) // 1024}k"
         if state.shm.mounted:
             yield Shell(f"mount -o remount,{size} /dev/shm")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from roles.core.role import Finding, Peers, Target
 from roles.limits.probe import OWN_FILE, UNBOUNDED, Limit, LimitsState, Line
 from roles.limits.spec import UNLIMITED, LimitsSpec, size_bytes
-from roles.limits.system import system_drift
+from roles.limits.system import services_drift, sysctl_drift
 
 DOMAINS = ("*", "root")
 """The wildcard does not reach root, and jobs often run as root."""
@@ -76,11 +76,32 @@ def fstab_line(spec: LimitsSpec, state: LimitsState) -> str | None:
 def drift(target: Target[LimitsSpec], state: LimitsState, peers: Peers) -> list[Finding]:
     """Findings: limits that a login lacks, or that cannot be granted; size of shared memory."""
     spec = target.spec
+    # Nothing is written of what cannot be granted: at best PAM ignores it, at worst it refuses every
+    # login, and systemd starts services with something else.
+    refused = list(_not_grantable(spec, state))
     return [
-        *_limits(spec, state),
+        *(refused or [*_limits(spec, state), *services_drift(spec, state.system)]),
         *_shared_memory(spec, state),
-        *system_drift(spec, state.system),
+        *sysctl_drift(spec, state.system),
     ]
+
+
+def reading(item: str) -> Callable[[LimitsState], str | None]:
+    """What the login gets of an item, for the identity table; one value where soft and hard agree."""
+
+    def read(state: LimitsState) -> str | None:
+        if state.login is None:
+            return None
+        limit = state.login[item]
+        soft, hard = _words(item, limit.soft), _words(item, limit.hard)
+        return soft if soft == hard else f"{soft} to {hard}"
+
+    return read
+
+
+def shm_size(state: LimitsState) -> str | None:
+    """The size of /dev/shm, for the identity table."""
+    return f"{state.shm.size >> 20} MiB" if state.shm.mounted else None
 
 
 def _words(item: str, value: int) -> str:
@@ -94,10 +115,6 @@ def _pair(item: str, limit: Limit) -> str:
 
 
 def _limits(spec: LimitsSpec, state: LimitsState) -> Iterator[Finding]:
-    refused = list(_not_grantable(spec, state))
-    if refused:  # nothing is written: at best PAM ignores it, at worst it refuses every login
-        yield from refused
-        return
     causes = [*_undoing(state), *_own_file(spec, state), *_pam(spec, state)]
     yield from causes
     if declared(spec) and state.use_pam is False:
@@ -105,7 +122,7 @@ def _limits(spec: LimitsSpec, state: LimitsState) -> Iterator[Finding]:
             "sshd-no-pam",
             "UsePAM yes in the configuration of sshd",
             "UsePAM no, so no limit reaches a login",
-            "set 'UsePAM yes' in /etc/ssh/sshd_config on this node, then run 'systemctl reload ssh'",
+            "set 'UsePAM yes' in /etc/ssh/sshd_config on this node, then reload sshd (its service is called ssh on Debian)",
             repairable=False,
         )
         return
@@ -212,7 +229,7 @@ def _shared_memory(spec: LimitsSpec, state: LimitsState) -> Iterator[Finding]:
             )
         else:
             yield Finding(
-                "shm-size-now",
+                "shm-nccl",
                 want,
                 seen,
                 "it is mounted anew with that size",

@@ -115,6 +115,7 @@ echo "login ${login:-none}"
 echo "listener $listener"
 for f in run/lockstep-limits.*/run; do if test -e "$f"; then echo undoing yes; break; fi; done
 if test -d dev/shm; then stat -f -c 'shm %b %f %S' dev/shm || exit 3; else echo shm 0 0 4096; fi
+for f in @settings@; do if test -e "$f" && ! test -w "$f"; then printf 'fixed\t%s\n' "$f"; fi; done
 set -- proc/mounts proc/meminfo proc/sys/fs/nr_open proc/self/uid_map proc/$listener/status proc/$listener/limits
 if test -n "$login"; then set -- "$@" "proc/$login/limits"; fi
 for f in @settings@ @own@ etc/fstab etc/security/limits.conf etc/security/limits.d/*.conf \

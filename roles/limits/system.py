@@ -29,12 +29,14 @@ class SystemState:
 
     sysctls: name to its value now; one that this kernel or container lacks is absent.
     services_file, sysctl_file: the lines of Lockstep's files, without comments.
+    fixed: sysctls that nobody can set here, as in a container whose /proc/sys is read-only.
     """
 
     services: Mapping[str, str] = field(default_factory=dict)
     sysctls: Mapping[str, int] = field(default_factory=dict)
     services_file: tuple[str, ...] = ()
     sysctl_file: tuple[str, ...] = ()
+    fixed: tuple[str, ...] = ()
 
 
 def sysctl_path(name: str) -> str:
@@ -63,6 +65,7 @@ def parse_system(files: Mapping[str, Sequence[str]]) -> SystemState:
             for name in SYSCTLS
             if files.get(sysctl_path(name))
         },
+        fixed=tuple(name for name in SYSCTLS if sysctl_path(name) in files.get("fixed", ())),
         services_file=tuple(files.get(SERVICES_FILE[1:], ())),
         sysctl_file=tuple(files.get(SYSCTL_FILE[1:], ())),
     )
@@ -102,8 +105,8 @@ def _bytes(text: str) -> str:
     return "infinity" if text == str(2**64 - 1) else text
 
 
-def system_drift(spec: LimitsSpec, state: SystemState) -> Iterator[Finding]:
-    """Findings: defaults of services, and sysctls, now and after the next boot."""
+def services_drift(spec: LimitsSpec, state: SystemState) -> Iterator[Finding]:
+    """What systemd gives every service."""
     lines = service_lines(spec)
     wrong = [
         f"{name}{kind}={seen or 'none'}"
@@ -119,6 +122,10 @@ def system_drift(spec: LimitsSpec, state: SystemState) -> Iterator[Finding]:
             ", ".join(wrong) or "the file says otherwise",
             "systemd's defaults are written and read again; a service has them from its next start",
         )
+
+
+def sysctl_drift(spec: LimitsSpec, state: SystemState) -> Iterator[Finding]:
+    """Settings of the kernel, now and after the next boot."""
     for name, value in wanted_sysctls(spec).items():
         now = state.sysctls.get(name)
         if now is None:
@@ -130,11 +137,15 @@ def system_drift(spec: LimitsSpec, state: SystemState) -> Iterator[Finding]:
                 repairable=False,
             )
         elif now != value:
+            fixed = name in state.fixed
             yield Finding(
                 "sysctl-value",
                 f"{name} = {value}",
-                str(now),
-                "it is set, now and for the next boot",
+                f"{now}, which cannot be set here" if fixed else str(now),
+                f"set it on the machine that runs this container, or take it out of 'limits': {name} is read-only here"
+                if fixed
+                else "it is set, now and for the next boot",
+                repairable=not fixed,
             )
     if list(state.sysctl_file) != _sysctl_lines(spec):
         yield Finding(

@@ -2,7 +2,7 @@
 
 from roles.core.role import Fact, Role
 from roles.time.converge import converge
-from roles.time.drift import clock, drift, remarks
+from roles.time.drift import clock, drift, offset, remarks
 from roles.time.probe import TimeState, parse, probe
 from roles.time.proof import proof
 from roles.time.spec import TimeSpec
@@ -18,7 +18,7 @@ role: Role[TimeSpec, TimeState] = Role(
     drift=drift,
     converge=converge,
     needs=("packages",),
-    facts=(Fact("clock", "equal", clock),),
+    facts=(Fact("clock", "equal", clock), Fact("clock offset", "any", offset)),
     head_first=True,
     proof=proof,
     crossing=True,

@@ -145,7 +145,7 @@ def test_a_power_cut_during_training_resumes_from_the_checkpoint_with_one_run(
     report = lab.verify()
     assert {finding["id"] for finding in report["findings"]} <= {
         "job-interrupted",
-        "shm-size-now",
+        "shm-nccl",
         "not-synchronised",
     }, report["findings"]
     lab.converge()

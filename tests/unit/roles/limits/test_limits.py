@@ -62,7 +62,7 @@ def test_a_right_node_has_no_findings_as_root_and_through_sudo(name: str) -> Non
 
 
 def test_a_bare_node_is_given_the_file_a_new_login_and_the_size() -> None:
-    assert ids(BARE) == ["limits-file", "ulimit-nofile", "shm-size-now", "shm-fstab"]
+    assert ids(BARE) == ["limits-file", "ulimit-nofile", "shm-nccl", "shm-fstab"]
     write, again, keep, fstab, mount = steps(BARE)
     assert isinstance(write, Shell) and OWN_FILE in write.command
     assert isinstance(again, NewLogin)
@@ -102,8 +102,23 @@ def test_more_than_the_container_has_is_refused_with_both_values_and_nothing_is_
         first, *rest = found(BARE, **declared)
         assert first.id == "limit-not-grantable" and not first.repairable
         assert str(next(iter(declared.values()))) in first.want and most in first.seen
-        assert [finding.id for finding in rest] == ["shm-size-now", "shm-fstab"]
+        assert [finding.id for finding in rest] == ["shm-nccl", "shm-fstab"]
         assert not any(isinstance(step, NewLogin) for step in steps(BARE, **declared))
+
+
+def test_what_no_login_can_have_is_not_given_to_services_either() -> None:
+    assert "services-limits" not in ids(BARE, nofile=65536, services=True)
+    assert "services-limits" in ids(BARE, services=True)
+
+
+def test_the_identity_table_shows_what_a_login_gets() -> None:
+    shown = {fact.name: (fact.rule, fact.read(recorded("el9"))) for fact in role.facts}
+    assert shown == {
+        "open files": ("any", "1024 to 524288"),
+        "locked memory": ("any", "8192 KiB"),
+        "/dev/shm": ("any", "15738 MiB"),
+    }
+    assert [fact.read(replace(RIGHT, login=None)) for fact in role.facts][:2] == [None, None]
 
 
 def test_sshd_with_the_capability_grants_more_than_it_has_but_not_more_than_the_kernel() -> None:
@@ -222,7 +237,7 @@ def test_sshd_takes_the_first_value_that_it_reads(
 def test_shared_memory_may_differ_by_one_page() -> None:
     shm = RIGHT.shm
     assert ids(replace(RIGHT, shm=replace(shm, size=shm.size + shm.page))) == []
-    assert ids(replace(RIGHT, shm=replace(shm, size=shm.size + 2 * shm.page))) == ["shm-size-now"]
+    assert ids(replace(RIGHT, shm=replace(shm, size=shm.size + 2 * shm.page))) == ["shm-nccl"]
 
 
 def test_shrinking_shared_memory_waits_for_a_job_and_growing_does_not() -> None:
@@ -461,7 +476,7 @@ def test_every_finding_has_its_entry_in_the_symptoms() -> None:
     entries = {entry["id"] for entry in yaml.safe_load(path.read_text())}
     assert entries == {
         "ulimit-nofile", "memlock", "nproc-limit", "limits-file", "limit-overridden", "pam-limits",
-        "limit-not-grantable", "sshd-no-pam", "shm-size-now", "shm-fstab", "shm-in-use",
+        "limit-not-grantable", "sshd-no-pam", "shm-nccl", "shm-dataloader", "shm-fstab", "shm-in-use",
         "services-limits", "sysctl-value", "sysctl-file",
         "limits-undo",
     }  # fmt: skip

@@ -13,8 +13,9 @@ from roles.limits.system import (
     SYSCTL_FILE,
     SystemState,
     parse_system,
+    services_drift,
     services_probe,
-    system_drift,
+    sysctl_drift,
     system_steps,
 )
 
@@ -34,7 +35,9 @@ def spec(**declared: Any) -> LimitsSpec:
 
 
 def ids(declared: LimitsSpec, state: SystemState) -> list[str]:
-    return [finding.id for finding in system_drift(declared, state)]
+    return [
+        finding.id for drift in (services_drift, sysctl_drift) for finding in drift(declared, state)
+    ]
 
 
 def steps(declared: LimitsSpec, state: SystemState) -> list[str]:
@@ -76,15 +79,23 @@ def test_the_file_of_an_earlier_declaration_is_removed() -> None:
 
 
 def test_a_setting_that_the_node_lacks_is_for_the_user() -> None:
-    findings = list(system_drift(spec(tcp_retries2=5), SystemState()))
+    findings = list(sysctl_drift(spec(tcp_retries2=5), SystemState()))
     assert [(each.id, each.repairable) for each in findings][0] == ("sysctl-value", False)
+
+
+def test_a_setting_that_is_read_only_here_is_refused_and_nothing_is_written() -> None:
+    state = SystemState(sysctls=LIVE, fixed=("vm.max_map_count",))
+    first, *_ = sysctl_drift(spec(max_map_count=1048576), state)
+    assert (first.id, first.repairable) == ("sysctl-value", False)
+    assert "machine that runs this container" in first.fix
+    assert ids(spec(max_map_count=65530), state) == ["sysctl-file"]
 
 
 def test_services_get_the_limits_as_systemd_counts_them() -> None:
     declared = spec(services=True)
     assert ids(declared, SystemState(SERVICES, LIVE, LINES)) == []
     bare = SystemState({**SERVICES, "DefaultLimitNOFILESoft": "1024"}, LIVE)
-    (finding,) = system_drift(declared, bare)
+    (finding,) = services_drift(declared, bare)
     assert finding.id == "services-limits" and finding.seen == "DefaultLimitNOFILESoft=1024"
     (command,) = steps(declared, bare)
     assert SERVICES_FILE in command and command.endswith("systemctl daemon-reexec")
@@ -110,6 +121,7 @@ def test_services_that_are_no_longer_declared_lose_the_file() -> None:
 
 def test_the_probes_lines_are_read_and_an_unreadable_number_is_not_taken_for_absent() -> None:
     lines = {
+        "fixed": ["proc/sys/vm/max_map_count"],
         "systemd": ["DefaultLimitNOFILE=4096", "DefaultLimitNOFILESoft=1024"],
         "proc/sys/vm/max_map_count": ["65530"],
         "etc/sysctl.d/zz-lockstep-limits.conf": ["vm.max_map_count = 65530"],
@@ -117,6 +129,7 @@ def test_the_probes_lines_are_read_and_an_unreadable_number_is_not_taken_for_abs
     state = parse_system(lines)
     assert state.services["DefaultLimitNOFILESoft"] == "1024"
     assert state.sysctls == {"vm.max_map_count": 65530}
+    assert state.fixed == ("vm.max_map_count",)
     assert state.sysctl_file == ("vm.max_map_count = 65530",)
     with pytest.raises(ValueError):
         parse_system({"proc/sys/vm/max_map_count": ["viele"]})
