@@ -6,7 +6,7 @@ import argparse
 import json
 from collections.abc import Sequence
 
-from roles.verify import EXIT_CODES, Report
+from roles.verify import EXIT_CODES, Report, report
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -23,43 +23,40 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 
 def _handle(arguments: argparse.Namespace) -> int:
-    report = verify()
-    print(json.dumps(report.as_json(), indent=2) if arguments.json else table(report))
-    return EXIT_CODES[report.verdict]
+    found = verify()
+    print(json.dumps(found.as_json(), indent=2) if arguments.json else table(found))
+    return EXIT_CODES[found.verdict]
 
 
 def verify() -> Report:
     """Look at every node of the declared cluster, all at the same time."""
     from deploy.reach import reach
     from roles.registry import declared
-    from roles.verify import check_node, compare
 
     with reach(declared()) as reached:
-        looks = reached.run.looks
-        found = reached.each(lambda node: check_node(looks, node))
-        return Report(
-            [wrong for wrongs in found.values() for wrong in wrongs], compare(looks, reached.nodes)
-        )
+        return report(reached.run.looks, reached.nodes, reached.each)
 
 
 def table(report: Report) -> str:
-    """The report for a person: what is wrong, then what was compared, then one line of verdict."""
+    """The report for a person: what is wrong, what waits for it, what was compared, and the verdict."""
     parts = []
     if report.findings:
         rows = [(w.node, w.role, w.id, w.want, w.seen, w.fix) for w in report.findings]
         parts.append(columns(("NODE", "ROLE", "FINDING", "WANT", "SEEN", "FIX"), rows))
+    if report.waiting:
+        waits = [(w.node, w.role, ", ".join(w.needs)) for w in report.waiting]
+        parts.append(columns(("NODE", "NOT JUDGED", "UNTIL RIGHT"), waits))
     if report.identity:
-        names = list(dict.fromkeys(name for row in report.identity for name in row.values))
         facts = [
             (
                 row.fact,
-                *(row.values.get(name, "-") for name in names),
+                *(row.values.get(name, "-") for name in report.nodes),
                 row.rule,
-                "ok" if row.ok else "NOT OK",
+                "" if row.rule == "any" else "ok" if row.ok else "NOT OK",
             )
             for row in report.identity
         ]
-        parts.append(columns(("FACT", *names, "RULE", ""), facts))
+        parts.append(columns(("FACT", *report.nodes, "RULE", ""), facts))
     wrong = len(report.findings) + sum(not row.ok for row in report.identity)
     sentence = {
         "ok": "ok: every node is as declared, and they are identical",
@@ -70,9 +67,14 @@ def table(report: Report) -> str:
 
 
 def columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Aligned columns, cells of at most 60 characters."""
+    """Aligned columns, cells of at most 60 characters; those of the last column are whole."""
+    last = len(head) - 1
     cells = [
-        [cell if len(cell) <= 60 else f"{cell[:59]}…" for cell in row] for row in [head, *rows]
+        [
+            cell if len(cell) <= 60 or index == last else f"{cell[:59]}…"
+            for index, cell in enumerate(row)
+        ]
+        for row in [head, *rows]
     ]
     widths = [max(len(row[index]) for row in cells) for index in range(len(head))]
     return "\n".join(

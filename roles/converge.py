@@ -30,7 +30,7 @@ from inventory.job import check_job, load_job
 from roles import registry
 from roles.core import session
 from roles.core.look import AnyRole, Looks, target_of
-from roles.core.role import PROOF_SECONDS, Finding, Target, Unreadable
+from roles.core.role import PROOF_SECONDS, Finding, Target, Unreadable, required
 from roles.core.steps import Meet, NewLogin, Shell, Step, Upload
 from roles.core.upload import upload
 
@@ -408,7 +408,8 @@ def _operation(role: AnyRole, unsure: bool) -> Iterator[PyinfraCommand]:
 
 def _may_follow(run: Run, role: AnyRole, node: Host) -> bool:
     """Whether a role that this one needs is about to change, so that this one cannot be judged yet."""
-    needed = [known for known in run.roles if known.name in role.needs]
+    names = required(role.needs, run.roles)
+    needed = [known for known in run.roles if known.name in names]
     if any(known.name in run.blocked(node) for known in needed):
         return False
     try:

@@ -6,18 +6,20 @@ It changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from inventory.cluster import Cluster
 from roles.core import session
 from roles.core.look import AnyRole, Looks, target_of
-from roles.core.role import PROOF_SECONDS, Fact, Rule, Unreadable
+from roles.core.role import PROOF_SECONDS, Fact, Rule, Unreadable, required
 
 Verdict = Literal["ok", "drift", "unreadable"]
 EXIT_CODES: Mapping[Verdict, int] = {"ok": 0, "drift": 1, "unreadable": 2}
 UNREADABLE = "unreadable"
+NODE = "node"
+"""Stands for a role where the node as a whole could not be read."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,19 @@ class Wrong:
 
 
 @dataclass(frozen=True)
+class Waiting:
+    """A role of one node that is not judged, because roles that it needs are wrong there."""
+
+    node: str
+    role: str
+    needs: Sequence[str]
+
+    def as_json(self) -> dict[str, Any]:
+        """The stable form: node, role, for."""
+        return {"node": self.node, "role": self.role, "for": list(self.needs)}
+
+
+@dataclass(frozen=True)
 class Identity:
     """One fact compared between nodes. values: node name to value; nodes without one are left out."""
 
@@ -44,10 +59,15 @@ class Identity:
 
 @dataclass(frozen=True)
 class Report:
-    """What ``verify`` found: only what is wrong, and every compared fact."""
+    """What ``verify`` found: what is wrong, what cannot be judged before that is mended, and every fact.
 
-    findings: Sequence[Wrong] = field(default_factory=list)
-    identity: Sequence[Identity] = field(default_factory=list)
+    nodes: all nodes of the cluster, in the order of the file.
+    """
+
+    nodes: Sequence[str] = ()
+    findings: Sequence[Wrong] = ()
+    waiting: Sequence[Waiting] = ()
+    identity: Sequence[Identity] = ()
 
     @property
     def verdict(self) -> Verdict:
@@ -59,40 +79,100 @@ class Report:
         return "ok"
 
     def as_json(self) -> dict[str, Any]:
-        """The stable form: verdict, findings, identity."""
+        """The stable form: verdict, findings, waiting, identity."""
         return {
             "verdict": self.verdict,
             "findings": [asdict(found) for found in self.findings],
+            "waiting": [each.as_json() for each in self.waiting],
             "identity": [asdict(row) for row in self.identity],
         }
 
 
-def check_node(looks: Looks, node: Any) -> list[Wrong]:
-    """Everything that is wrong on one node, its proofs included."""
+Check = dict[str, list[Wrong]]
+"""What is wrong on one node, by role; a node that could not be read has one entry, ``node``."""
+
+Each = Callable[[Callable[[Any], Check]], Mapping[str, Check]]
+"""Does something on every node, at the same time; the results by node name."""
+
+
+def report(looks: Looks, nodes: Sequence[Any], each: Each) -> Report:
+    """Look at all nodes, run the proofs, and keep of what is wrong the causes alone."""
+    checks = each(lambda node: check_node(looks, node))
+    proved = each(lambda node: _prove_together(looks, node, checks))
+    wrong = {name: {**check, **proved[name]} for name, check in checks.items()}
+    findings: list[Wrong] = []
+    waiting: list[Waiting] = []
+    for name, check in wrong.items():
+        findings += check.get(NODE, [])
+        for role in looks.roles:
+            if NODE in check or target_of(role, looks.cluster, name) is None:
+                continue
+            found, causes = check.get(role.name, []), _causes(looks, role.needs, check)
+            if not causes:
+                findings += found
+            if role.proof and not found:
+                causes = _causes(looks, [*role.needs, *role.proof_needs], check)
+            if causes and (found or role.proof):
+                waiting.append(Waiting(name, role.name, causes))
+    names = [node.name for node in nodes]
+    return Report(names, findings, waiting, compare(looks, nodes))
+
+
+def check_node(looks: Looks, node: Any) -> Check:
+    """Everything that is wrong on one node, with the proofs that it can give alone."""
     name = node.name
     try:
         looks.states(node)
     except session.NodeFailed as error:
-        return [_unreadable(name, "node", str(error))]
-    found: list[Wrong] = []
+        return {NODE: [_unreadable(name, NODE, str(error))]}
+    wrong: Check = {}
     for role in looks.roles:
         target = target_of(role, looks.cluster, name)
         if target is None:
             continue
         try:
-            differences = looks.drift(role, node)
+            found = [
+                Wrong(name, role.name, each.id, each.want, each.seen, each.fix)
+                for each in looks.drift(role, node)
+            ]
         except Unreadable as error:
-            found.append(_unreadable(name, role.name, str(error)))
+            found = [_unreadable(name, role.name, str(error))]
+        if role.proof and not role.crossing and not found and _provable(looks, role, wrong):
+            found = _proofs(role, node, role.proof(target))
+        if found:
+            wrong[role.name] = found
+    return wrong
+
+
+def _prove_together(looks: Looks, node: Any, checks: Mapping[str, Check]) -> Check:
+    """The crossing proofs, between the nodes that are right so far: what is wrong is told already."""
+    wrong: Check = {}
+    for role in looks.roles:
+        if not role.proof or not role.crossing:
             continue
-        found += [
-            Wrong(name, role.name, each.id, each.want, each.seen, each.fix) for each in differences
-        ]
-        if role.proof and not differences:
-            found += _proofs(role, node, role.proof(target))
-    return found
+        right = {
+            name: declared
+            for name, declared in looks.cluster.nodes.items()
+            if role.name not in checks[name] and _provable(looks, role, checks[name])
+        }
+        if node.name not in right or looks.cluster.head.name not in right:
+            continue
+        target = target_of(role, replace(looks.cluster, nodes=right), node.name)
+        if target and (found := _proofs(role, node, role.proof(target))):
+            wrong[role.name] = found
+    return wrong
 
 
-def _proofs(role: AnyRole, node: Any, script: str) -> Iterable[Wrong]:
+def _provable(looks: Looks, role: AnyRole, check: Check) -> bool:
+    return NODE not in check and not _causes(looks, [*role.needs, *role.proof_needs], check)
+
+
+def _causes(looks: Looks, names: Iterable[str], check: Check) -> list[str]:
+    """Which of these roles, and of those that they need in turn, are wrong."""
+    return [name for name in required(names, looks.roles) if name in check]
+
+
+def _proofs(role: AnyRole, node: Any, script: str) -> list[Wrong]:
     try:
         lines = session.run(node, script, PROOF_SECONDS).stdout.splitlines()
     except session.NodeFailed as error:

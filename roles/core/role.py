@@ -134,7 +134,9 @@ class Role(Generic[S, T]):
     each of them takes part in this run and is right in every other role. Its steps may ``Meet``.
     proof(target): slow or crossing proof, shell; run by ``verify`` and after a change; leaves the
     stamp that the probe reads. Prints one line "ID<TAB>what is wrong" for each failed proof.
-    crossing: the proof needs the other nodes to be right too, so a node's own change does not run it.
+    crossing: the proof needs the other nodes to be right too, so a node's own change does not run it;
+    its target names the nodes that are.
+    proof_needs: roles, beside ``needs``, without which the proof would only repeat their findings.
     busy(state): what of this role runs on the node now and must not be disturbed, in words, or None.
     remarks(target, state, peers, dry): lines (and their colours) for the user beside the findings,
     said once a run; dry: what would be done is to be shown exactly.
@@ -156,6 +158,7 @@ class Role(Generic[S, T]):
     seconds: int = 10
     proof: Callable[[Target[S]], str] | None = None
     crossing: bool = False
+    proof_needs: Sequence[str] = ()
     busy: Callable[[T], str | None] | None = None
     remarks: Callable[[Target[S], T, Peers, bool], Iterable[tuple[str, str | None]]] | None = None
 
@@ -163,3 +166,16 @@ class Role(Generic[S, T]):
     def key(self) -> str:
         """The section's key in the cluster file."""
         return self.section or self.name
+
+
+def required(names: Iterable[str], roles: Iterable[Role[Any, Any]]) -> list[str]:
+    """The named roles and all that these need in turn, in the order of ``roles``."""
+    known = {role.name: role for role in roles}
+    found: set[str] = set()
+    left = [name for name in names if name in known]
+    while left:
+        name = left.pop()
+        if name not in found:
+            found.add(name)
+            left += known[name].needs
+    return [name for name in known if name in found]

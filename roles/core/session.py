@@ -90,7 +90,7 @@ def run(node: Host, script: str, seconds: int, show: bool = False) -> Output:
     except TimeoutError:
         raise NodeFailed(f"no answer within {seconds} s") from None
     except (OSError, EOFError, SSHException) as error:
-        raise NodeFailed(f"the connection broke: {error or type(error).__name__}") from None
+        raise NodeFailed(f"the connection broke: {str(error) or type(error).__name__}") from None
     result = Output("\n".join(output.stdout_lines), "\n".join(output.stderr_lines))
     if not ok:
         reason = [line for line in output.stderr_lines if line.strip()] or [

@@ -18,4 +18,5 @@ role: Role[SshSpec, SshState] = Role(
     head_first=True,
     proof=proof,
     crossing=True,
+    proof_needs=("hosts",),
 )

@@ -197,7 +197,7 @@ def quickstart(
         monkeypatch.setattr(first_light, "gather_text", part("text", 2_000_000))
         monkeypatch.setattr(first_light, "converge", part("converge"))
         monkeypatch.setattr(first_light, "follow", part("follow", seen))
-        monkeypatch.setattr(deploy.verify, "verify", part("verify", Report([], [])))
+        monkeypatch.setattr(deploy.verify, "verify", part("verify", Report()))
         monkeypatch.setattr(first_light, "export_loads", part("export", "3000000"))
         return first_light.main(), done
 

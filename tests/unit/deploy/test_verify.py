@@ -14,6 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from deploy.verify import table
+from roles.verify import Identity, Report, Waiting, Wrong
+
 CLUSTER = """\
 cluster: alone
 nodes: {{node1: {{address: 127.0.0.1, ssh: {{port: {port}}}}}}}
@@ -69,3 +72,30 @@ def test_a_node_that_accepts_and_says_nothing_is_unreadable(verify: Verify) -> N
         ("node1", "unreadable")
     ]
     assert "Traceback" not in done.stderr
+
+
+def test_the_table_has_a_column_a_node_and_says_what_waits() -> None:
+    long = "install it, " * 10 + "then go on"
+    report = Report(
+        nodes=("node1", "node2", "node3"),
+        findings=[Wrong("node1", "packages", "package-missing", "rsync", "none", long)],
+        waiting=[Waiting("node1", "compiler", ["packages"])],
+        identity=[
+            Identity("kernel", {"node1": "6.1", "node2": "6.1"}, "equal per class and os", True),
+            Identity("MTU", {"node1": "1500", "node2": "9000"}, "equal", False),
+            Identity("interface", {"node1": "bond0", "node2": "eno1"}, "any", True),
+        ],
+    )
+    found, waits, facts, verdict = table(report).split("\n\n")
+    assert found.splitlines()[1].endswith(long)
+    assert [line.split() for line in waits.splitlines()] == [
+        ["NODE", "NOT", "JUDGED", "UNTIL", "RIGHT"],
+        ["node1", "compiler", "packages"],
+    ]
+    assert [line.split() for line in facts.splitlines()] == [
+        ["FACT", "node1", "node2", "node3", "RULE"],
+        ["kernel", "6.1", "6.1", "-", "equal", "per", "class", "and", "os", "ok"],
+        ["MTU", "1500", "9000", "-", "equal", "NOT", "OK"],
+        ["interface", "bond0", "eno1", "-", "any"],
+    ]
+    assert verdict == "drift: 2 to mend; run pyinfra inventory.py deploy/cluster.py"

@@ -26,7 +26,7 @@ from roles.core import session
 from roles.core.role import Fact, Finding, Peers, Role, Rule, Target, Unreadable
 from roles.core.steps import Shell, Step
 from roles.core.upload import Upload
-from roles.verify import EXIT_CODES, Report, check_node, compare, judge
+from roles.verify import EXIT_CODES, Report, judge, report
 
 NAMES = ("node1", "node2")
 
@@ -365,9 +365,10 @@ def test_a_file_reaches_the_control_machine_as_a_node_of_a_user_with_sudo(
 
 def report_of(lab: Lab, *roles: Role[Any, Any]) -> Report:
     state = lab.state(roles)
-    looks, nodes = Run.of(state).looks, list(state.inventory)
-    findings = [wrong for node in nodes for wrong in check_node(looks, node)]
-    return Report(findings, compare(looks, nodes))
+    nodes = list(state.inventory)
+    return report(
+        Run.of(state).looks, nodes, lambda what: {node.name: what(node) for node in nodes}
+    )
 
 
 def seen(report: Report) -> list[tuple[str, str, str]]:
@@ -385,12 +386,99 @@ def test_verify_lists_only_what_is_wrong_and_runs_proofs_only_where_nothing_diff
     assert lab.has("node1", "a") and not lab.has("node2", "a")
 
 
+def waiting(report: Report) -> list[tuple[str, str, list[str]]]:
+    return [(each.node, each.role, list(each.needs)) for each in report.waiting]
+
+
+def touched(lab: Lab, mark: str) -> Callable[[Target[Any]], str]:
+    """A proof that proves nothing wrong, and can be seen to have run."""
+    return lambda target: f"touch {lab.folder}/{target.node.name}/{mark}"
+
+
+def test_verify_names_the_cause_and_lists_what_waits_for_it(lab: Lab) -> None:
+    for name in ("a", "b", "c", "d"):
+        (lab.folder / "node2" / name).touch()
+    (lab.folder / "node1/d").touch()
+    roles = (
+        toy(lab, "a"),
+        toy(lab, "b", needs=("a",)),
+        toy(lab, "c", needs=("b",)),
+        toy(lab, "d", needs=("c",), proof=touched(lab, "proved")),
+    )
+    found = report_of(lab, *roles)
+    assert seen(found) == [("node1", "a", "a-missing")]
+    assert waiting(found) == [
+        ("node1", "b", ["a"]),
+        ("node1", "c", ["a", "b"]),
+        ("node1", "d", ["a", "b", "c"]),
+    ]
+    assert not lab.has("node1", "proved") and lab.has("node2", "proved")
+    assert found.as_json()["waiting"][0] == {"node": "node1", "role": "b", "for": ["a"]}
+
+
+def test_a_dry_run_waits_for_the_same_roles_as_verify(lab: Lab) -> None:
+    lab.names = ("node1",)
+    (lab.folder / "node1/b").touch()
+    c = toy(lab, "c", needs=("b",), findings=lambda found: [replace(found, repairable=False)])
+    roles = (toy(lab, "a"), toy(lab, "b", needs=("a",)), c)
+    assert waiting(report_of(lab, *roles)) == [("node1", "c", ["a"])]
+    dry = lab.run(*roles, dry=True)
+    assert change_of(dry, 2), "c is not judged yet: a may mend it"
+
+
+def test_a_failed_proof_and_an_unreadable_role_are_causes_too(lab: Lab) -> None:
+    def parse(text: str) -> Any:
+        raise Unreadable("no such tool")
+
+    lab.names = ("node1",)
+    (lab.folder / "node1/a").touch()
+    broken = toy(lab, "a", proof=lambda target: r"printf 'a-broken\tit does not start\n'")
+    roles = (broken, toy(lab, "b", needs=("a",)), toy(lab, "c", parse=parse))
+    found = report_of(lab, *roles, toy(lab, "d", needs=("c",)))
+    assert seen(found) == [("node1", "a", "a-broken"), ("node1", "c", "unreadable")]
+    assert waiting(found) == [("node1", "b", ["a"]), ("node1", "d", ["c"])]
+
+
+def naming(lab: Lab) -> Callable[[Target[Any]], str]:
+    """A crossing proof that fails for each node that its target names."""
+    return lambda target: (
+        "\n".join(rf"printf 'x-far\t{name}\n'" for name in target.cluster.nodes)
+        if target.is_head
+        else "true"
+    )
+
+
+def test_nodes_prove_together_without_those_that_are_dead_or_wrong(lab: Lab) -> None:
+    lab.names = ("node1", "node2", "node3")
+    (lab.folder / "node3").mkdir()
+    for name in lab.names:
+        (lab.folder / name / "x").touch()
+    (lab.folder / "node1/a").touch()
+    (lab.folder / "node2/a").touch()
+    Recorded.breaks["node2"] = EOFError()
+    x = toy(lab, "x", proof=naming(lab), crossing=True, proof_needs=("a",))
+    found = report_of(lab, toy(lab, "a"), x)
+    assert [(wrong.node, wrong.id, wrong.seen) for wrong in found.findings] == [
+        ("node1", "x-far", "node1"),
+        ("node2", "unreadable", "the connection broke: EOFError"),
+        ("node3", "a-missing", "no"),
+    ]
+    assert waiting(found) == [("node3", "x", ["a"])]
+
+
+def test_without_the_head_nothing_is_proved_together(lab: Lab) -> None:
+    (lab.folder / "node2/x").touch()
+    found = report_of(lab, toy(lab, "x", proof=lambda target: "echo x", crossing=True))
+    assert seen(found) == [("node1", "x", "x-missing")] and not waiting(found)
+
+
 def test_verify_of_right_nodes_is_ok_and_of_a_silent_one_unreadable(lab: Lab) -> None:
     for node in NAMES:
         (lab.folder / node / "a").touch()
     assert report_of(lab, toy(lab, "a")).as_json() == {
         "verdict": "ok",
         "findings": [],
+        "waiting": [],
         "identity": [],
     }
     Recorded.breaks["node2"] = EOFError()
