@@ -18,7 +18,7 @@ from deploy.lab import faults, lab, requirements
 from deploy.lab.errors import LabError
 from deploy.lab.node import MOST_NODES
 from deploy.lab.progress import Progress
-from deploy.lab.state import Paths, paths_from
+from deploy.lab.state import SYSTEMS, Paths, paths_from
 
 if TYPE_CHECKING:
     SubParsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -42,6 +42,11 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     up = commands.add_parser("up", help="bring up what is missing and write the cluster file")
     up.add_argument(
         "--nodes", type=int, metavar="N", help=f"number of nodes, 1 to {MOST_NODES} (default 2)"
+    )
+    up.add_argument(
+        "--os",
+        choices=SYSTEMS,
+        help="the nodes' system (default debian); mixed: node1 Debian, node2 RPM, and so on in turn",
     )
     up.add_argument(
         "--archive",
@@ -148,6 +153,7 @@ def _up(args: argparse.Namespace, paths: Paths) -> None:
         job=args.job,
         write=args.write,
         packages=tuple(args.package),
+        os=args.os,
     )
     lab.up(paths, os.environ, request, Progress())
     print(lab.table(lab.status(paths)), end="")

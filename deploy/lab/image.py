@@ -1,6 +1,6 @@
-"""The base image: a minimal system of the host's own release that every node has as its lower layer.
+"""The base images: a minimal system that every node has as its lower layer, one of each family in use.
 
-It holds what a freshly installed server has (systemd, sshd, python3, sudo) and nothing that the roles
+A Debian node's is of the host's own release; an RPM node's is the same, turned by ``rpm_image``. It holds what a freshly installed server has (systemd, sshd, python3, sudo) and nothing that the roles
 install. Built once and cached by everything that decides its content; nodes never write to it.
 """
 
@@ -10,8 +10,10 @@ import hashlib
 import json
 import shlex
 import shutil
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from deploy.lab import rpm_image
 from deploy.lab.commands import run, run_logged
 from deploy.lab.errors import LabError
 from deploy.lab.files import (
@@ -24,7 +26,7 @@ from deploy.lab.files import (
 )
 from deploy.lab.host import Host
 from deploy.lab.progress import Progress
-from deploy.lab.state import Paths, locked
+from deploy.lab.state import FAMILIES, Family, Paths, locked
 
 RECIPE = 1
 """Counts changes of this module that change the image."""
@@ -98,29 +100,33 @@ FILES = {
     ),
     "etc/motd": "",
     # Offline: no source, no name server. The roles add the local repository.
-    "etc/apt/sources.list": "",
     "etc/resolv.conf": "",
     "etc/fstab": "",
+    # The journal survives a power cut, as on a real server.
+    "usr/lib/systemd/journald.conf.d/lab.conf": "[Journal]\nStorage=persistent\nSystemMaxUse=64M\n",
+}
+
+DEBIAN_FILES = {
+    "etc/apt/sources.list": "",
     # All nodes share the clock of this machine, which they must not set: chronyd runs with -x there.
     "usr/lib/systemd/system/chrony.service.d/lab.conf": (
         "[Unit]\nConditionCapability=\n\n[Service]\nEnvironmentFile=/usr/lib/lockstep-lab/chrony.env\n"
     ),
     "usr/lib/lockstep-lab/chrony.env": 'DAEMON_OPTS="-x -F 1"\n',
-    # The journal survives a power cut, as on a real server.
-    "usr/lib/systemd/journald.conf.d/lab.conf": "[Journal]\nStorage=persistent\nSystemMaxUse=64M\n",
 }
 
 
-def key_of(host: Host) -> str:
-    """The name of the image in the cache: suite and a digest of all that decides its content."""
+def key_of(host: Host, family: Family) -> str:
+    """The name of the image in the cache: suite, family and a digest of all that decides its content."""
+    own = [ENABLED, DEBIAN_FILES] if family == "debian" else rpm_image.content()
     content = json.dumps(
         [RECIPE, host.distribution, host.suite, host.architecture]
-        + [list(part) for part in (PACKAGES, MASKED, ENABLED, DPKG_OPTIONS)]
-        + [FILES, [source.line() for source in host.sources]],
+        + [list(part) for part in (PACKAGES, MASKED, DPKG_OPTIONS)]
+        + [FILES, own, [source.line() for source in host.sources]],
         sort_keys=True,
     )
     suite = "".join(letter if letter.isalnum() else "-" for letter in host.suite)
-    return f"base-{suite}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+    return f"base-{suite}-{family}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
 
 
 def base_root(paths: Paths, key: str) -> Path:
@@ -128,39 +134,46 @@ def base_root(paths: Paths, key: str) -> Path:
     return paths.cache / key / "root"
 
 
-def ensure_base(paths: Paths, host: Host, progress: Progress, existing: str | None = None) -> str:
-    """Have the base image, and register this lab as one that uses it; returns its key.
+def ensure_bases(
+    paths: Paths, host: Host, wanted: Mapping[Family, str | None], progress: Progress
+) -> dict[Family, str]:
+    """Have a base image of each family, and register this lab as one that uses them; returns their keys.
 
-    existing: the image that the lab's nodes lie on already; it is then used, whatever the recipe says
-    now. Raises LabError when it is gone, or a new one cannot be built.
+    wanted: family → the image that the lab's nodes of it lie on already, which is then used whatever the
+    recipe says now. Raises LabError when it is gone, or a new one cannot be built.
     """
-    key = existing or key_of(host)
+    keys = {family: key or key_of(host, family) for family, key in wanted.items()}
     with locked(paths.cache / "base.lock", progress, "another lab is at the base image"):
-        if not (paths.cache / key).is_dir():
-            if existing:
-                raise LabError(
-                    f"the nodes' base image {existing} is not in {paths.cache}: run `lab down`, then "
-                    "`lab up`"
-                )
-            remove_partials(paths.cache, "base-")
-            if shutil.disk_usage(paths.cache).free < FREE_BYTES:
-                raise LabError(
-                    f"{paths.cache} has less than 1 GiB free: free some, or set LOCKSTEP_LAB"
-                )
-            began = progress.seconds
-            progress(f"base image: building {host.distribution} {host.suite}")
-            with building(paths.cache / key) as directory:
-                build(directory, host, paths.cache / "base.log")
-            progress(f"base image: {key} built in {progress.seconds - began:.0f} s")
-        else:
-            progress(f"base image: {key} (from the cache)")
-        register(paths, key)
-        remove_unused(paths, {key, key_of(host)})
-    return key
+        for family, key in keys.items():
+            if not (paths.cache / key).is_dir():
+                if wanted[family]:
+                    raise LabError(
+                        f"the nodes' base image {key} is not in {paths.cache}: run `lab down`, then "
+                        "`lab up`"
+                    )
+                remove_partials(paths.cache, "base-")
+                if shutil.disk_usage(paths.cache).free < FREE_BYTES:
+                    raise LabError(
+                        f"{paths.cache} has less than 1 GiB free: free some, or set LOCKSTEP_LAB"
+                    )
+                began = progress.seconds
+                progress(f"base image: building {host.distribution} {host.suite} ({family} nodes)")
+                with building(paths.cache / key) as directory:
+                    build(directory, host, family, paths.cache / "base.log")
+                progress(f"base image: {key} built in {progress.seconds - began:.0f} s")
+            else:
+                progress(f"base image: {key} (from the cache)")
+        register(paths, keys.values())
+        current = {key_of(host, family) for family in FAMILIES}
+        remove_unused(paths, {*keys.values(), *current})
+    return keys
 
 
-def build(directory: Path, host: Host, log: Path) -> None:
-    """Fill a directory with ``root`` (the system) and ``lists`` (apt's package lists of that moment)."""
+def build(directory: Path, host: Host, family: Family, log: Path) -> None:
+    """Fill a directory with ``root`` (the system) and what apt knew at that moment.
+
+    That is ``lists`` (its package lists) and ``status`` (what the image holds).
+    """
     root, lists = directory / "root", directory / "lists"
     sources = directory / "sources.list"
     write_whole(sources, "".join(f"{source.line()}\n" for source in host.sources))
@@ -168,24 +181,32 @@ def build(directory: Path, host: Host, log: Path) -> None:
     scratch = make_directory(directory / "tmp")
     in_memory = available_memory(Path("/proc/meminfo").read_text()) > 2 * MEMORY_BYTES
     target = make_directory(directory / "memory") / "root" if in_memory else root
-    argv = mmdebstrap_argv(host, target, sources, lists)
+    packages = PACKAGES if family == "debian" else (*PACKAGES, *rpm_image.PACKAGES)
+    argv = mmdebstrap_argv(host, packages, target, sources, lists)
     if in_memory:
         size = f"size={MEMORY_BYTES}"
         argv = ["sh", "-ec", IN_MEMORY, "sh", size, str(target.parent), str(root), *argv]
     run_logged(argv, log, "building the base image", changes={"TMPDIR": str(scratch)})
     for path in (scratch, directory / "memory"):
         remove_tree(path)
-    settle(root)
+    shutil.copyfile(root / "var/lib/dpkg/status", directory / "status")
+    if family == "debian":
+        settle(root, {**FILES, **DEBIAN_FILES}, ENABLED)
+    else:
+        rpm_image.turn(root, directory / "status", log)
+        settle(root, FILES, rpm_image.ENABLED)
 
 
-def mmdebstrap_argv(host: Host, target: Path, sources: Path, lists: Path) -> list[str]:
+def mmdebstrap_argv(
+    host: Host, packages: Collection[str], target: Path, sources: Path, lists: Path
+) -> list[str]:
     """The command that makes the system. lists: where a copy of apt's package lists is left."""
     options = [*host.apt_options, 'Acquire::Languages "none";']
     if Path("/etc/apt/auth.conf").is_file():
         options.append('Dir::Etc::netrc "/etc/apt/auth.conf";')
     return [
         *("mmdebstrap", "--mode=root", "--variant=minbase", "--format=directory"),
-        f"--include={','.join(PACKAGES)}",
+        f"--include={','.join(packages)}",
         f"--architectures={host.architecture}",
         *(f"--dpkgopt={option}" for option in DPKG_OPTIONS),
         *(f"--aptopt={option}" for option in options),
@@ -202,7 +223,7 @@ def available_memory(meminfo: str) -> int:
     return 0
 
 
-def settle(root: Path) -> None:
+def settle(root: Path, files: Mapping[str, str], enabled: Collection[str]) -> None:
     """Turn a fresh system into a node's base: quick to boot, offline, without an identity of its own."""
     for stale in [
         *root.glob("etc/ssh/ssh_host_*"),
@@ -214,14 +235,14 @@ def settle(root: Path) -> None:
         root / "etc/resolv.conf",
     ]:
         stale.unlink(missing_ok=True)
-    for name, text in FILES.items():
+    for name, text in files.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, text)
     write_whole(root / "etc/machine-id", "")
     for name in ("srv/lockstep/packages", "shared", "var/log/journal"):
         make_directory(root / name)
-    run(["systemctl", f"--root={root}", "--quiet", "enable", *ENABLED])
+    run(["systemctl", f"--root={root}", "--quiet", "enable", *enabled])
     for unit in MASKED:
         link = root / "etc/systemd/system" / unit
         link.unlink(missing_ok=True)
@@ -235,12 +256,12 @@ def settle(root: Path) -> None:
         write_whole(root / name, f"TIMESTAMP_NSEC={stamp}\n")
 
 
-def register(paths: Paths, key: str | None) -> None:
-    """Note in the cache which image this lab's nodes lie on; None: on none."""
+def register(paths: Paths, keys: Collection[str]) -> None:
+    """Note in the cache which images this lab's nodes lie on."""
     for labs in paths.cache.glob("base-*/labs"):
-        if labs.parent.name != key:
+        if labs.parent.name not in keys:
             (labs / _mark(paths)).unlink(missing_ok=True)
-    if key is not None:
+    for key in keys:
         labs = make_directory(paths.cache / key / "labs")
         write_whole(labs / _mark(paths), str(paths.state))
 

@@ -26,6 +26,8 @@ from deploy.lab.node import Node
 from deploy.lab.progress import Progress
 from deploy.lab.repository import ensure_repository, wanted
 from deploy.lab.state import (
+    SYSTEMS,
+    Family,
     Paths,
     Record,
     choose_index,
@@ -50,6 +52,7 @@ class Request:
     job: job file that the cluster file names.
     write: where the cluster file goes, or None for the usual place.
     packages: packages that the local repository holds beyond the default ones.
+    os: which systems the nodes have, a key of state.SYSTEMS, or None for what they have.
     """
 
     count: int | None = None
@@ -60,6 +63,7 @@ class Request:
     job: Path | None = None
     write: str | None = None
     packages: tuple[str, ...] = ()
+    os: str | None = None
 
 
 def prepare(
@@ -68,20 +72,20 @@ def prepare(
     request: Request,
     progress: Progress,
     *,
-    existing: str | None = None,
-    then: Callable[[str], None] | None = None,
+    bases: Mapping[Family, str | None],
+    then: Callable[[Mapping[Family, str]], None] | None = None,
 ) -> Path | None:
-    """Have the base image and, if asked for, the environment archive; returns the archive.
+    """Have the base images and, if asked for, the environment archive; returns the archive.
 
-    Both are made side by side; ``then`` is called with the image's key as soon as the image is there.
-    existing: the image that the lab's nodes lie on already. Raises LabError.
+    Both are made side by side; ``then`` is called with the images' keys as soon as the images are there.
+    bases: family → the image that the lab's nodes lie on already. Raises LabError.
     """
     make_directory(paths.cache)
 
     def system() -> None:
-        key = image.ensure_base(paths, host, progress, existing)
+        keys = image.ensure_bases(paths, host, bases, progress)
         if then is not None:
-            then(key)
+            then(keys)
 
     def archive() -> Path | None:
         if not (request.build or request.cached):
@@ -124,11 +128,20 @@ def up(paths: Paths, environ: Mapping[str, str], request: Request, progress: Pro
         remove_partials(paths.nodes)
         nodes.check_overlay(paths)
         there = nodes.existing(paths, record)
-        bases = {node.base for node in there}
-        if len(bases) > 1:
+        if request.os and there and request.os != record.os:
             raise LabError(
-                "the lab's nodes lie on different base images: run `lab down`, then `lab up`"
+                f"this lab has --os {record.os}, and its nodes cannot become {request.os}: run `lab down` "
+                "first, or set LOCKSTEP_LAB for a second lab"
             )
+        record = replace(record, os=request.os or record.os)
+        save_record(paths, record)
+        bases: dict[Family, str | None] = dict.fromkeys(SYSTEMS[record.os])
+        for node in there:
+            if bases[node.family] not in (None, node.base):
+                raise LabError(
+                    "the lab's nodes lie on different base images: run `lab down`, then `lab up`"
+                )
+            bases[node.family] = node.base
         found: list[Node] = []
 
         def write(archive: Path | None) -> None:
@@ -136,13 +149,12 @@ def up(paths: Paths, environ: Mapping[str, str], request: Request, progress: Pro
             job = Path(record.job) if record.job else None
             cluster_file.write_cluster_file(target, paths, record, entries, archive, job)
 
-        def bring_up(base: str) -> None:
-            ensure_repository(paths, host, base, packages, progress)
-            found.extend(_bring_up(paths, record, base, there, request.count, progress))
+        def bring_up(keys: Mapping[Family, str]) -> None:
+            ensure_repository(paths, host, keys, packages, progress)
+            found.extend(_bring_up(paths, record, keys, there, request.count, progress))
             write(Path(record.archive) if record.archive else None)
 
-        existing = next(iter(bases), None)
-        made = prepare(paths, host, request, progress, existing=existing, then=bring_up)
+        made = prepare(paths, host, request, progress, bases=bases, then=bring_up)
         save_record(
             paths,
             replace(record, packages=packages, archive=str(made) if made else record.archive),
@@ -158,7 +170,9 @@ def prepare_only(paths: Paths, request: Request, progress: Progress) -> None:
     host = read_host()
     with locked(paths.lock, progress):
         nodes.check_overlay(paths)
-        prepare(paths, host, request, progress)
+        prepare(
+            paths, host, request, progress, bases=dict.fromkeys(SYSTEMS[request.os or "debian"])
+        )
 
 
 def _record(paths: Paths) -> Record:
@@ -185,7 +199,7 @@ def _record(paths: Paths) -> Record:
 def _bring_up(
     paths: Paths,
     record: Record,
-    base: str,
+    bases: Mapping[Family, str],
     there: Sequence[Node],
     count: int | None,
     progress: Progress,
@@ -194,7 +208,9 @@ def _bring_up(
     asked = count or max(len(there), DEFAULT_NODES)
     known = {node.number: node for node in there}
     new = [
-        Node(paths, record, number, base) for number in range(1, asked + 1) if number not in known
+        Node(paths, record, number, bases[record.family(number)])
+        for number in range(1, asked + 1)
+        if number not in known
     ]
     everything = sorted([*there, *new], key=lambda node: node.number)
     extra = [node.name for node in everything if node.number > asked]
@@ -299,7 +315,7 @@ def down(paths: Paths, progress: Progress, *, purge: bool = False) -> None:
             save_record(paths, forget_cluster(record))
         for path in (paths.shared, paths.ssh):
             remove_tree(path)
-        image.register(paths, None)
+        image.register(paths, [])
         if purge:
             _purge(paths, removed, progress)
             return
@@ -395,6 +411,7 @@ class NodeStatus:
     address: str
     state: str
     user: str
+    os: Family
     log: str
     boot_id: str | None = None
     uptime: float | None = None
@@ -427,6 +444,7 @@ def status(paths: Paths) -> Status:
                 address=node.address,
                 state=state,
                 user=node.user,
+                os=node.family,
                 log=str(node.log),
                 boot_id=boot,
                 uptime=round(nodes.uptime(init), 1) if init and boot else None,
@@ -450,10 +468,11 @@ def table(value: Status) -> str:
     """The status as a table for people."""
     if not value.nodes:
         return f"no node in {value.state} (`lab up` makes two)\n"
-    rows = [("NODE", "ADDRESS", "STATE", "USER", "UPTIME", "BOOT ID")]
+    rows = [("NODE", "ADDRESS", "OS", "STATE", "USER", "UPTIME", "BOOT ID")]
     for node in value.nodes:
         uptime = "-" if node.uptime is None else _duration(node.uptime)
-        rows.append((node.name, node.address, node.state, node.user, uptime, node.boot_id or "-"))
+        boot = node.boot_id or "-"
+        rows.append((node.name, node.address, node.os, node.state, node.user, uptime, boot))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

@@ -35,7 +35,8 @@ from deploy.lab.files import (
 from deploy.lab.image import base_root
 from deploy.lab.network import attach, network_file, remove_link
 from deploy.lab.repository import MOUNTED_AT
-from deploy.lab.state import ROOT, Paths, Record
+from deploy.lab.rpm_image import BASHRC
+from deploy.lab.state import ROOT, Family, Paths, Record
 from deploy.lab.supervisor import OWN_MARK, overlay_argv
 
 MOST_NODES = 8
@@ -70,6 +71,10 @@ class Node:
     @property
     def address(self) -> str:
         return self.record.address(self.number)
+
+    @property
+    def family(self) -> Family:
+        return self.record.family(self.number)
 
     @property
     def user(self) -> str:
@@ -157,7 +162,7 @@ def create(node: Node) -> None:
             make_directory(directory / name)
         writer = Writer(base_root(node.paths, node.base), directory / "upper")
         writer.write("etc/hostname", f"{node.name}\n")
-        writer.write("etc/hosts", hosts_file(node.name))
+        writer.write("etc/hosts", hosts_file(node.name, node.family))
         writer.write("etc/machine-id", f"{uuid.uuid4().hex}\n", 0o444)
         writer.write("etc/systemd/network/10-host0.network", network_file(node.address))
         host_key = directory / "ssh_host_ed25519_key"
@@ -170,7 +175,7 @@ def create(node: Node) -> None:
             writer.write("root/.ssh/authorized_keys", f"{key}\n", 0o600, new_directories=0o700)
         else:
             password = ssh.ensure_password(node.paths.password(node.name))
-            add_sudo_user(writer, node.user, ssh.password_hash(password), key)
+            add_sudo_user(writer, node.family, node.user, ssh.password_hash(password), key)
         write_json(directory / "node.json", {"base": node.base})
 
 
@@ -217,8 +222,14 @@ class Writer:
         os.chown(self.upper / name, below.st_uid, below.st_gid)
 
 
-def hosts_file(name: str) -> str:
-    """/etc/hosts as Debian's installer leaves it: the node's own name on 127.0.1.1."""
+def hosts_file(name: str, family: Family) -> str:
+    """/etc/hosts as the installer leaves it; Debian's puts the node's own name on 127.0.1.1."""
+    if family == "rpm":
+        local = "localhost localhost.localdomain {0} {0}.localdomain{1}"
+        return (
+            f"127.0.0.1   {local.format('localhost4', '4')}\n"
+            f"::1         {local.format('localhost6', '6')}\n"
+        )
     return (
         f"127.0.0.1\tlocalhost\n127.0.1.1\t{name}\n\n"
         "::1\tlocalhost ip6-localhost ip6-loopback\n"
@@ -226,8 +237,9 @@ def hosts_file(name: str) -> str:
     )
 
 
-def add_sudo_user(writer: Writer, user: str, password_hash: str, key: str) -> None:
-    """A user of group sudo who is asked for the password, and no ssh login for root."""
+def add_sudo_user(writer: Writer, family: Family, user: str, password_hash: str, key: str) -> None:
+    """A user of the sudo group who is asked for the password, and no ssh login for root."""
+    sudoers = "wheel" if family == "rpm" else "sudo"
     identity = 1000
     passwd = f"{user}:x:{identity}:{identity}::/home/{user}:/bin/bash\n"
     writer.change("etc/passwd", writer.read("etc/passwd") + passwd)
@@ -235,7 +247,7 @@ def add_sudo_user(writer: Writer, user: str, password_hash: str, key: str) -> No
         "etc/shadow", writer.read("etc/shadow") + f"{user}:{password_hash}:19700:0:99999:7:::\n"
     )
     for name, line in (("etc/group", f"{user}:x:{identity}:\n"), ("etc/gshadow", f"{user}:!::\n")):
-        writer.change(name, with_member(writer.read(name), "sudo", user) + line)
+        writer.change(name, with_member(writer.read(name), sudoers, user) + line)
     writer.write(
         f"home/{user}/.ssh/authorized_keys",
         f"{key}\n",
@@ -243,6 +255,8 @@ def add_sudo_user(writer: Writer, user: str, password_hash: str, key: str) -> No
         owner=identity,
         new_directories=0o700,
     )
+    if family == "rpm":
+        writer.write(f"home/{user}/.bashrc", BASHRC, owner=identity)
     writer.write("etc/ssh/sshd_config.d/20-lab-root.conf", "PermitRootLogin no\n")
 
 

@@ -1,7 +1,8 @@
-"""The local package repository that the nodes see at /srv/lockstep/packages: .deb files and their index.
+"""The local package repository that the nodes see at /srv/lockstep/packages: packages and their indexes.
 
 It stands for the mirror or the offline bundle of a real cluster: all that the roles install and the
-base image lacks, with every dependency, so that nodes need no internet.
+base image lacks, with every dependency, so that nodes need no internet. One directory serves
+both families: .deb files with ``Packages``, RPMs with ``repodata``.
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from deploy.lab import standins
+from deploy.lab import rpm, standins
 from deploy.lab.commands import run, run_logged
 from deploy.lab.errors import LabError
 from deploy.lab.files import (
@@ -24,9 +25,8 @@ from deploy.lab.files import (
     write_whole,
 )
 from deploy.lab.host import Host
-from deploy.lab.image import base_root
 from deploy.lab.progress import Progress
-from deploy.lab.state import Paths
+from deploy.lab.state import Family, Paths
 
 PACKAGES = ("pdsh", "rsync", "zstd", "chrony")
 MOUNTED_AT = "/srv/lockstep/packages"
@@ -80,13 +80,24 @@ def apt_configuration(directory: Path, status: Path, host: Host) -> str:
 
 
 def ensure_repository(
+    paths: Paths, host: Host, keys: Mapping[Family, str], extra: Iterable[str], progress: Progress
+) -> None:
+    """Download what is missing in the repository and index it; with RPM nodes, make RPMs of it.
+
+    keys: the nodes' base images; packages are resolved against the first one. The directory is changed
+    in place and only added to, because running nodes have it mounted. Raises LabError when a package
+    cannot be had.
+    """
+    ensure_debs(paths, host, next(iter(keys.values())), extra, progress)
+    if "rpm" in keys:
+        image = paths.cache / keys["rpm"]
+        rpm.ensure_rpms(paths.repository, paths.state / "rpms.json", image, progress)
+
+
+def ensure_debs(
     paths: Paths, host: Host, key: str, extra: Iterable[str], progress: Progress
 ) -> None:
-    """Download what is missing in the repository and index it.
-
-    The directory is changed in place and only added to, because running nodes have it mounted.
-    Raises LabError when a package cannot be had.
-    """
+    """Have the .deb files and their index. Raises LabError."""
     names = wanted(extra)
     marker = paths.state / "repository.json"
     make_directory(paths.repository)
@@ -109,7 +120,7 @@ def ensure_repository(
     shutil.copy(paths.cache / key / "sources.list", directory / "sources.list")
     shutil.copytree(paths.cache / key / "lists", directory / "lists", dirs_exist_ok=True)
     (directory / "lists/partial").mkdir(exist_ok=True)
-    status = base_root(paths, key) / "var/lib/dpkg/status"
+    status = paths.cache / key / "status"
     write_whole(directory / "apt.conf", apt_configuration(directory, status, host))
     log = paths.state / "repository.log"
     log.unlink(missing_ok=True)

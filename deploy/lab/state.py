@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from deploy.lab.errors import LabError
 from deploy.lab.files import make_directory, read_json, write_json
@@ -21,6 +21,16 @@ ROOT = Path(__file__).resolve().parents[2]
 """The checkout (or the folder that the packages are installed in)."""
 PLAIN_PATH = re.compile(r"/[A-Za-z0-9._/-]+")
 NETWORKS = 200
+
+Family = Literal["debian", "rpm"]
+"""How a node's packages are managed, and all that comes with it."""
+FAMILIES: tuple[Family, ...] = get_args(Family)
+SYSTEMS: dict[str, tuple[Family, ...]] = {
+    "debian": ("debian",),
+    "rpm": ("rpm",),
+    "mixed": ("debian", "rpm"),
+}
+"""``--os`` → the families of its nodes, in turn from node1 on."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +111,8 @@ class Record:
     written: cluster files that ``up`` wrote and ``down`` removes.
     archive, job: what the cluster file names, until another ``up`` says otherwise.
     packages: packages of the local repository beyond the default ones.
-    cache: the cache that holds the nodes' base image.
+    cache: the cache that holds the nodes' base images.
+    os: a key of SYSTEMS.
     """
 
     index: int
@@ -110,6 +121,12 @@ class Record:
     archive: str | None = None
     job: str | None = None
     packages: tuple[str, ...] = field(default=())
+    os: str = "debian"
+
+    def family(self, number: int) -> Family:
+        """The family of the node with that number."""
+        families = SYSTEMS[self.os]
+        return families[(number - 1) % len(families)]
 
     @property
     def bridge(self) -> str:
@@ -145,6 +162,7 @@ def load_record(paths: Paths) -> Record | None:
         archive=value.get("archive"),
         job=value.get("job"),
         packages=tuple(value.get("packages") or ()),
+        os=str(value.get("os") or "debian"),
     )
 
 
@@ -159,6 +177,7 @@ def save_record(paths: Paths, record: Record) -> None:
             "archive": record.archive,
             "job": record.job,
             "packages": list(record.packages),
+            "os": record.os,
         },
     )
 

@@ -155,6 +155,7 @@ def test_status_of_no_lab_and_of_a_lab_that_is_off(
             "address": "10.77.7.12",
             "state": "off",
             "user": "ops",
+            "os": "debian",
             "log": str(paths.nodes / "node2/console.log"),
             "boot_id": None,
             "uptime": None,
@@ -162,15 +163,31 @@ def test_status_of_no_lab_and_of_a_lab_that_is_off(
     ]
 
 
+def test_a_lab_that_is_up_does_not_change_its_system(
+    as_root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = Paths(as_root, as_root / "cache")
+    (paths.nodes / "node2").mkdir(parents=True)
+    (paths.nodes / "node2/node.json").write_text('{"base": "base-1"}')
+    save_record(paths, Record(7, os="mixed"))
+    monkeypatch.setattr(lab, "read_host", lambda: None)
+    monkeypatch.setattr(lab.network, "links", lambda: [])
+    monkeypatch.setattr(nodes, "check_overlay", lambda paths: None)
+    assert main(["up", "--os", "rpm", "--write", str(as_root / "c.yaml")]) == 2
+    said = capsys.readouterr().err
+    assert "this lab has --os mixed, and its nodes cannot become rpm: run `lab down`" in said
+    assert said.count("\n") == 1
+
+
 def test_the_table_shows_a_row_a_node() -> None:
     rows = (
-        NodeStatus("node1", "10.77.0.11", "running", "root", "/l", "b0-01", 42.0),
-        NodeStatus("node2", "10.77.0.12", "off", "ops", "/l"),
+        NodeStatus("node1", "10.77.0.11", "running", "root", "debian", "/l", "b0-01", 42.0),
+        NodeStatus("node2", "10.77.0.12", "off", "ops", "rpm", "/l"),
     )
     assert lab.table(Status("/srv/lab", "lockstep0", (), rows)).splitlines() == [
-        "NODE   ADDRESS     STATE    USER  UPTIME  BOOT ID",
-        "node1  10.77.0.11  running  root  42 s    b0-01",
-        "node2  10.77.0.12  off      ops   -       -",
+        "NODE   ADDRESS     OS      STATE    USER  UPTIME  BOOT ID",
+        "node1  10.77.0.11  debian  running  root  42 s    b0-01",
+        "node2  10.77.0.12  rpm     off      ops   -       -",
     ]
 
 

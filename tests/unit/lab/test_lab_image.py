@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from deploy.lab import image
+from deploy.lab import image, rpm_image
 from deploy.lab.errors import LabError
 from deploy.lab.files import partial_beside
 from deploy.lab.host import Host, Source
 from deploy.lab.progress import Progress
-from deploy.lab.state import Paths, Record, save_record
+from deploy.lab.state import FAMILIES, Family, Paths, Record, save_record
 
 HOST = Host("debian", "bookworm", "amd64", (Source("http://a", "bookworm", ("main",)),))
 QUIET = Progress(io.StringIO())
@@ -29,7 +29,7 @@ def paths(tmp_path: Path) -> Paths:
 def builds(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     made: list[Path] = []
 
-    def build(directory: Path, host: Host, log: Path) -> None:
+    def build(directory: Path, host: Host, family: Family, log: Path) -> None:
         made.append(directory)
         (directory / "root").mkdir()
 
@@ -37,6 +37,11 @@ def builds(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return made
 
 
+def ensure_base(paths: Paths, existing: str | None = None) -> str:
+    return image.ensure_bases(paths, HOST, {"debian": existing}, QUIET)["debian"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     "other",
     [
@@ -45,60 +50,78 @@ def builds(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         replace(HOST, sources=(Source("http://b", "bookworm", ("main",)),)),
     ],
 )
-def test_what_decides_the_content_decides_the_name(other: Host) -> None:
-    assert image.key_of(HOST) == image.key_of(replace(HOST))
-    assert image.key_of(HOST) != image.key_of(other)
+def test_what_decides_the_content_decides_the_name(other: Host, family: Family) -> None:
+    assert image.key_of(HOST, family) == image.key_of(replace(HOST), family)
+    assert image.key_of(HOST, family) != image.key_of(other, family)
 
 
 def test_another_package_list_is_another_image(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = image.key_of(HOST)
+    before = image.key_of(HOST, "debian")
     monkeypatch.setattr(image, "PACKAGES", (*image.PACKAGES, "less"))
-    assert image.key_of(HOST) != before
+    assert image.key_of(HOST, "debian") != before
+
+
+def test_what_only_rpm_nodes_have_changes_only_their_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {family: image.key_of(HOST, family) for family in FAMILIES}
+    monkeypatch.setattr(rpm_image, "FILES", {**rpm_image.FILES, "etc/x": ""})
+    assert image.key_of(HOST, "debian") == before["debian"] != before["rpm"]
+    assert image.key_of(HOST, "rpm") != before["rpm"]
 
 
 def test_a_proxy_setting_of_the_host_does_not_change_the_image() -> None:
-    assert image.key_of(replace(HOST, apt_options=('Acquire::http::Proxy "x";',))) == image.key_of(
-        HOST
-    )
+    other = replace(HOST, apt_options=('Acquire::http::Proxy "x";',))
+    assert image.key_of(other, "debian") == image.key_of(HOST, "debian")
+
+
+def test_a_mixed_lab_has_both_images_and_keeps_both(paths: Paths, builds: list[Path]) -> None:
+    paths.state.mkdir()
+    save_record(paths, Record(1))
+    keys = image.ensure_bases(paths, HOST, {"debian": None, "rpm": None}, QUIET)
+    assert len(builds) == 2
+    assert len(set(keys.values())) == 2
+    ensure_base(Paths(paths.state.with_name("other"), paths.cache))
+    assert len(builds) == 2
+    for key in keys.values():
+        assert paths.state in image.users(paths.cache, key)
 
 
 def test_a_whole_image_is_built_once(paths: Paths, builds: list[Path]) -> None:
-    first = image.ensure_base(paths, HOST, QUIET)
-    assert image.ensure_base(paths, HOST, QUIET) == first
+    first = ensure_base(paths)
+    assert ensure_base(paths) == first
     assert len(builds) == 1
     assert image.base_root(paths, first).is_dir()
 
 
 def test_a_half_built_image_is_removed_and_built_again(paths: Paths, builds: list[Path]) -> None:
-    half = partial_beside(paths.cache / image.key_of(HOST))
+    half = partial_beside(paths.cache / image.key_of(HOST, "debian"))
     (half / "root").mkdir(parents=True)
-    key = image.ensure_base(paths, HOST, QUIET)
+    key = ensure_base(paths)
     assert len(builds) == 1
     assert not half.exists()
     assert image.base_root(paths, key).is_dir()
 
 
 def test_a_build_that_fails_leaves_no_image(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
-    def build(directory: Path, host: Host, log: Path) -> None:
+    def build(directory: Path, host: Host, family: Family, log: Path) -> None:
         (directory / "root").mkdir()
         raise LabError("no mirror")
 
     monkeypatch.setattr(image, "build", build)
     with pytest.raises(LabError, match="no mirror"):
-        image.ensure_base(paths, HOST, QUIET)
+        ensure_base(paths)
     assert [path.name for path in paths.cache.iterdir() if path.is_dir()] == []
 
 
 def test_nodes_keep_the_image_that_they_lie_on(paths: Paths, builds: list[Path]) -> None:
     old = "base-bookworm-000000000000"
     (paths.cache / old / "root").mkdir(parents=True)
-    assert image.ensure_base(paths, HOST, QUIET, existing=old) == old
+    assert ensure_base(paths, old) == old
     assert builds == []
 
 
 def test_a_vanished_image_of_existing_nodes_is_named(paths: Paths, builds: list[Path]) -> None:
     with pytest.raises(LabError, match="base-x is not in .*: run `lab down`, then `lab up`"):
-        image.ensure_base(paths, HOST, QUIET, existing="base-x")
+        ensure_base(paths, "base-x")
     assert builds == []
 
 
@@ -111,21 +134,21 @@ def test_an_old_image_stays_while_a_lab_lies_on_it_and_goes_afterwards(
     for lab in (paths, other):
         lab.state.mkdir()
         save_record(lab, Record(1))
-    image.ensure_base(other, HOST, QUIET, existing=old)
-    image.ensure_base(paths, HOST, QUIET)
+    ensure_base(other, old)
+    ensure_base(paths)
     assert image.users(paths.cache, old) == [other.state]
     assert (paths.cache / old).is_dir()
-    image.register(other, None)
-    image.ensure_base(paths, HOST, QUIET)
+    image.register(other, [])
+    ensure_base(paths)
     assert not (paths.cache / old).exists()
-    assert (paths.cache / image.key_of(HOST)).is_dir()
+    assert (paths.cache / image.key_of(HOST, "debian")).is_dir()
 
 
 def test_a_lab_whose_directory_is_gone_holds_no_image(paths: Paths, builds: list[Path]) -> None:
     old = "base-bookworm-000000000000"
     (paths.cache / old / "root").mkdir(parents=True)
     image.register(Paths(paths.state.with_name("gone"), paths.cache), old)
-    image.ensure_base(paths, HOST, QUIET)
+    ensure_base(paths)
     assert not (paths.cache / old).exists()
 
 
@@ -154,7 +177,7 @@ def settled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         return ""
 
     monkeypatch.setattr(image, "run", keep)
-    image.settle(root)
+    image.settle(root, {**image.FILES, **image.DEBIAN_FILES}, image.ENABLED)
     assert ran == [["systemctl", f"--root={root}", "--quiet", "enable", *image.ENABLED]]
     return root
 
@@ -200,8 +223,12 @@ def test_the_image_is_built_in_memory_where_there_is_enough(
 
     monkeypatch.setattr(image, "available_memory", lambda meminfo: memory)
     monkeypatch.setattr(image, "run_logged", run_logged)
-    monkeypatch.setattr(image, "settle", lambda root: None)
-    image.build(tmp_path, HOST, tmp_path / "log")
+    monkeypatch.setattr(image, "settle", lambda root, files, enabled: None)
+    status = tmp_path / "root/var/lib/dpkg/status"
+    status.parent.mkdir(parents=True)
+    status.write_text("Package: x\n")
+    image.build(tmp_path, HOST, "debian", tmp_path / "log")
+    assert (tmp_path / "status").read_text() == "Package: x\n"
     [argv] = ran
     assert (argv[0] == "sh") is wrapped
     target = tmp_path / "memory/root" if wrapped else tmp_path / "root"

@@ -12,7 +12,7 @@ from deploy.lab import ssh
 from deploy.lab.files import partial_beside
 from deploy.lab.node import Node
 from deploy.lab.processes import Process
-from deploy.lab.state import Paths, Record
+from deploy.lab.state import SYSTEMS, Paths, Record
 
 BASE_FILES = {
     "etc/passwd": "root:x:0:0:root:/root:/bin/bash\n",
@@ -50,8 +50,8 @@ def paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owners: dict[str, int
     return Paths(tmp_path / "lab", tmp_path / "cache")
 
 
-def made(paths: Paths, number: int) -> Node:
-    node = Node(paths, Record(7), number, "base-1")
+def made(paths: Paths, number: int, os: str = "debian") -> Node:
+    node = Node(paths, Record(7, os=os), number, "base-1")
     nodes.create(node)
     return node
 
@@ -102,6 +102,25 @@ def test_node2_is_entered_as_a_sudo_user_with_a_password_and_not_as_root(
         assert [user for path, user in owners.items() if path.endswith(name)] == [1000]
 
 
+def test_an_rpm_node_s_sudo_user_is_in_wheel_and_reads_the_system_s_bashrc(paths: Paths) -> None:
+    root = paths.cache / "base-1/root"
+    (root / "etc/group").write_text("root:x:0:\nwheel:x:990:\n")
+    (root / "etc/gshadow").write_text("root:*::\nwheel:*::\n")
+    upper = made(paths, 2, "mixed").upper
+    assert (upper / "etc/group").read_text() == "root:x:0:\nwheel:x:990:ops\nops:x:1000:\n"
+    assert ". /etc/bashrc" in (upper / "home/ops/.bashrc").read_text()
+    assert "127.0.1.1" not in (upper / "etc/hosts").read_text()
+
+
+def test_the_families_of_a_mixed_lab_s_nodes_take_turns(paths: Paths) -> None:
+    families = {os: [Record(7, os=os).family(n) for n in (1, 2, 3)] for os in SYSTEMS}
+    assert families == {
+        "debian": ["debian", "debian", "debian"],
+        "rpm": ["rpm", "rpm", "rpm"],
+        "mixed": ["debian", "rpm", "debian"],
+    }
+
+
 def test_no_file_of_the_node_holds_the_password_itself(paths: Paths) -> None:
     node = made(paths, 2)
     password = (paths.ssh / "node2.password").read_text().strip()
@@ -132,7 +151,7 @@ def test_a_half_made_node_is_no_node(paths: Paths) -> None:
 def test_a_node_that_could_not_be_made_leaves_nothing(
     paths: Paths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nodes, "hosts_file", lambda name: 1 / 0)
+    monkeypatch.setattr(nodes, "hosts_file", lambda name, family: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         made(paths, 1)
     assert list(paths.nodes.iterdir()) == []

@@ -51,6 +51,7 @@ def test_apt_resolves_against_the_image_and_in_directories_of_its_own() -> None:
 def paths(tmp_path: Path) -> Paths:
     for key in ("base-1", "base-2"):
         (tmp_path / "cache" / key / "lists").mkdir(parents=True)
+        (tmp_path / "cache" / key / "status").write_text("")
         (tmp_path / "cache" / key / "sources.list").write_text("deb http://a bookworm main\n")
     return Paths(tmp_path / "lab", tmp_path / "cache")
 
@@ -78,7 +79,7 @@ def test_a_complete_repository_is_not_downloaded_again(
     paths: Paths, downloads: list[list[str]]
 ) -> None:
     for _ in range(2):
-        repository.ensure_repository(paths, HOST, "base-1", [], QUIET)
+        repository.ensure_repository(paths, HOST, {"debian": "base-1"}, [], QUIET)
     assert downloads == [list(repository.PACKAGES)]
     assert "Package: pdsh_1\n" in index(paths)
 
@@ -86,14 +87,14 @@ def test_a_complete_repository_is_not_downloaded_again(
 def test_stand_ins_that_are_not_in_the_index_yet_get_into_it_without_a_download(
     paths: Paths, downloads: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    repository.ensure_repository(paths, HOST, "base-1", [], QUIET)
+    repository.ensure_repository(paths, HOST, {"debian": "base-1"}, [], QUIET)
 
     def build(directory: Path, architecture: str) -> list[str]:
         (directory / "libnccl2_1.deb").write_text("x")
         return ["libnccl2_1.deb"]
 
     monkeypatch.setattr(standins, "build", build)
-    repository.ensure_repository(paths, HOST, "base-1", [], QUIET)
+    repository.ensure_repository(paths, HOST, {"debian": "base-1"}, [], QUIET)
     assert len(downloads) == 1
     assert "Package: libnccl2_1\n" in index(paths)
 
@@ -101,21 +102,21 @@ def test_stand_ins_that_are_not_in_the_index_yet_get_into_it_without_a_download(
 def test_more_packages_are_added_in_place_because_nodes_have_it_mounted(
     paths: Paths, downloads: list[list[str]]
 ) -> None:
-    repository.ensure_repository(paths, HOST, "base-1", [], QUIET)
+    repository.ensure_repository(paths, HOST, {"debian": "base-1"}, [], QUIET)
     before = paths.repository.stat().st_ino
-    repository.ensure_repository(paths, HOST, "base-1", ["gcc"], QUIET)
+    repository.ensure_repository(paths, HOST, {"debian": "base-1"}, ["gcc"], QUIET)
     assert paths.repository.stat().st_ino == before
     assert "Package: gcc_2\n" in index(paths)
     assert "Package: pdsh_1\n" in index(paths)
-    repository.ensure_repository(paths, HOST, "base-1", ["gcc"], QUIET)
+    repository.ensure_repository(paths, HOST, {"debian": "base-1"}, ["gcc"], QUIET)
     assert len(downloads) == 2
 
 
 def test_another_image_gets_packages_resolved_anew(
     paths: Paths, downloads: list[list[str]]
 ) -> None:
-    repository.ensure_repository(paths, HOST, "base-1", [], QUIET)
-    repository.ensure_repository(paths, HOST, "base-2", [], QUIET)
+    repository.ensure_repository(paths, HOST, {"debian": "base-1"}, [], QUIET)
+    repository.ensure_repository(paths, HOST, {"debian": "base-2"}, [], QUIET)
     assert "Package: pdsh_2\n" in index(paths)
     assert "Package: pdsh_1\n" not in index(paths)
 
@@ -123,7 +124,7 @@ def test_another_image_gets_packages_resolved_anew(
 def test_a_download_that_fails_leaves_the_repository_unfinished(
     paths: Paths, downloads: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    repository.ensure_repository(paths, HOST, "base-1", [], QUIET)
+    repository.ensure_repository(paths, HOST, {"debian": "base-1"}, [], QUIET)
 
     def fails(directory: Path, names: list[str], log: Path) -> None:
         raise LabError("no mirror")
@@ -131,15 +132,15 @@ def test_a_download_that_fails_leaves_the_repository_unfinished(
     with monkeypatch.context() as patch:
         patch.setattr(repository, "download", fails)
         with pytest.raises(LabError):
-            repository.ensure_repository(paths, HOST, "base-1", ["gcc"], QUIET)
-    repository.ensure_repository(paths, HOST, "base-1", ["gcc"], QUIET)
+            repository.ensure_repository(paths, HOST, {"debian": "base-1"}, ["gcc"], QUIET)
+    repository.ensure_repository(paths, HOST, {"debian": "base-1"}, ["gcc"], QUIET)
     assert "Package: gcc_2\n" in index(paths)
 
 
 def test_a_command_that_died_while_it_changed_the_repository_is_done_again(
     paths: Paths, downloads: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    repository.ensure_repository(paths, HOST, "base-1", [], QUIET)
+    repository.ensure_repository(paths, HOST, {"debian": "base-1"}, [], QUIET)
 
     def dies(deb: Path) -> str:
         raise KeyboardInterrupt
@@ -147,8 +148,8 @@ def test_a_command_that_died_while_it_changed_the_repository_is_done_again(
     with monkeypatch.context() as patch:
         patch.setattr(repository, "index_entry", dies)
         with pytest.raises(KeyboardInterrupt):
-            repository.ensure_repository(paths, HOST, "base-2", [], QUIET)
-    repository.ensure_repository(paths, HOST, "base-1", [], QUIET)
+            repository.ensure_repository(paths, HOST, {"debian": "base-2"}, [], QUIET)
+    repository.ensure_repository(paths, HOST, {"debian": "base-1"}, [], QUIET)
     assert len(downloads) == 3
     assert "Package: pdsh_3\n" in index(paths)
 

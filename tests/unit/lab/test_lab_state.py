@@ -67,7 +67,9 @@ def test_the_cache_is_the_given_one_else_where_the_nodes_lie_else_inside(tmp_pat
 
 
 def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
-    record = Record(5, "/srv/c", ("/a.yaml", "/b.yaml"), "/x.tar.zst", "/job.yaml", ("gcc",))
+    record = Record(
+        5, "/srv/c", ("/a.yaml", "/b.yaml"), "/x.tar.zst", "/job.yaml", ("gcc",), "mixed"
+    )
     state.save_record(paths(tmp_path), record)
     assert state.load_record(paths(tmp_path)) == record
     assert state.forget_cluster(record) == Record(5)

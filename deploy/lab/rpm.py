@@ -1,0 +1,428 @@
+"""RPMs of the nodes' local repository, made from the very .deb files that the lab downloaded.
+
+The payload is unpacked and packed again under RHEL's names; paths and unit names follow RHEL where roles
+or people look at them. rpmbuild and createrepo_c run inside the RPM base image, so this machine needs
+neither. Libraries stay where Debian's loader and compiler look for them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from deploy.lab.commands import run, run_logged
+from deploy.lab.files import make_directory, read_json, remove_tree, write_json, write_whole
+from deploy.lab.progress import Progress
+
+RECIPE = 1
+"""Counts changes of this module that change the packages."""
+
+NAMES = {
+    "g++": "gcc-c++",
+    "iproute2": "iproute",
+    "iputils-ping": "iputils",
+    "libc6": "glibc",
+    "libc6-dev": "glibc-devel",
+    "libgomp1": "libgomp",
+    "libnccl2": "libnccl",
+    "libnccl-dev": "libnccl-devel",
+    "libpam-modules": "pam",
+    "libstdc++6": "libstdc++",
+    "linux-libc-dev": "kernel-headers",
+    "netcat-openbsd": "nmap-ncat",
+    "nfs-common": "nfs-utils",
+    "openssh-client": "openssh-clients",
+    "passwd": "shadow-utils",
+    "procps": "procps-ng",
+    "python3-dev": "python3-devel",
+    "xz-utils": "xz",
+}
+"""Debian's name → RHEL's, where they differ and somebody looks for it; every other name stays."""
+
+SKIPPED = re.compile(
+    r"(lib)?apt.*|(lib)?dpkg.*|debconf.*|debian-.*|ucf|init-system-helpers|lsb-release|build-essential"
+    r"|linux-headers-[a-z]\w*"
+)
+"""Debian's own machinery, and packages that only point to others."""
+
+HEADERS = re.compile(r"linux-headers-([0-9.]+)-(\d+)-(amd64|arm64)")
+ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64", "all": "noarch"}
+
+DEFINES = tuple(
+    shlex.quote(f"--define={text}")
+    for text in (
+        *("_topdir /mnt/lab", "_rpmdir /mnt/lab/rpms", "_tmppath /mnt/lab"),
+        "_build_name_fmt %%{NAME}-%%{VERSION}-%%{RELEASE}.%%{ARCH}.rpm",
+        *("_binary_payload w1.zstdio", "_build_id_links none", "debug_package %{nil}"),
+        *("__os_install_post %{nil}", "_binaries_in_noarch_packages_terminate_build 0"),
+    )
+)
+"""rpmbuild's options: everything under /mnt/lab, nothing in the payload changed, quick compression."""
+
+IN_IMAGE = """
+root=$1 work=$2 repository=$3
+mount -t overlay -o "lowerdir=$root,upperdir=$work/upper,workdir=$work/work" lockstep-lab "$work/root"
+mkdir "$work/root/mnt/lab" "$work/root/mnt/repository"
+mount --bind "$work/lab" "$work/root/mnt/lab"
+mount --bind "$repository" "$work/root/mnt/repository"
+root=$work/root
+"""
+PACKED = """
+mount --bind /dev "$root/dev"
+mount -t proc proc "$root/proc"
+exec chroot "$root" env -i PATH=/usr/sbin:/usr/bin HOME=/root LC_ALL=C.UTF-8 sh -ec "$0"
+"""
+
+
+def packed(root: Path, script: str) -> list[str]:
+    """argv that runs a script inside an RPM base image that is being made; what it writes stays there."""
+    return ["sh", "-ec", f"root=$1\n{PACKED}", script, str(root)]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What one package needs beyond the general rules.
+
+    moves: (glob, place) of files whose place differs. drop: globs of files that RHEL does not have.
+    files: new files. links: new symbolic links. attributes: (%files attribute, path) of directories.
+    users: system users, by name and home. split: package → glob of files that go there; it needs the
+    main one.
+    """
+
+    moves: tuple[tuple[str, str], ...] = ()
+    drop: tuple[str, ...] = ()
+    files: Mapping[str, str] = field(default_factory=dict)
+    links: Mapping[str, str] = field(default_factory=dict)
+    attributes: tuple[tuple[str, str], ...] = ()
+    users: Mapping[str, str] = field(default_factory=dict)
+    split: Mapping[str, str] = field(default_factory=dict)
+
+
+CHRONYD_UNIT = """\
+[Unit]
+Description=NTP client/server
+After=ntpdate.service sntp.service ntpd.service
+Conflicts=ntpd.service systemd-timesyncd.service
+ConditionCapability=CAP_SYS_TIME
+
+[Service]
+Type=forking
+PIDFile=/run/chrony/chronyd.pid
+EnvironmentFile=-/etc/sysconfig/chronyd
+ExecStart=/usr/sbin/chronyd -f /etc/chrony.conf -u chrony $OPTIONS
+
+[Install]
+WantedBy=multi-user.target
+"""
+CHRONY_CONF = """\
+pool 2.rocky.pool.ntp.org iburst
+driftfile /var/lib/chrony/drift
+makestep 1.0 3
+rtcsync
+keyfile /etc/chrony.keys
+logdir /var/log/chrony
+"""
+LIB64 = (("usr/lib/*-linux-gnu/*", "usr/lib64"),)
+KINDS = {
+    "chrony": Kind(
+        drop=("etc", "usr/lib/systemd", "usr/lib/networkd-dispatcher", "usr/share", "var"),
+        files={
+            "etc/chrony.conf": CHRONY_CONF,
+            "etc/chrony.keys": "",
+            "etc/sysconfig/chronyd": 'OPTIONS="-F 2"\n',
+            "usr/lib/systemd/system/chronyd.service": CHRONYD_UNIT,
+        },
+        attributes=(
+            ("%attr(0640, root, chrony) %config(noreplace)", "/etc/chrony.keys"),
+            ("%dir %attr(0750, chrony, chrony)", "/var/lib/chrony"),
+            ("%dir %attr(0750, chrony, chrony)", "/var/log/chrony"),
+        ),
+        users={"chrony": "/var/lib/chrony"},
+    ),
+    "gcc": Kind(links={"usr/bin/cc": "gcc"}),
+    "g++": Kind(links={"usr/bin/c++": "g++"}),
+    "libnccl2": Kind(moves=LIB64),
+    "libnccl-dev": Kind(moves=LIB64),
+    "nftables": Kind(moves=(("etc/nftables.conf", "etc/sysconfig"),)),
+    "ninja-build": Kind(links={"usr/bin/ninja-build": "ninja"}),
+    "pdsh": Kind(split={"pdsh-rcmd-ssh": "usr/lib/*/pdsh/sshcmd.so"}),
+}
+UNIT_TEXT = (
+    ("/etc/default/", "/etc/sysconfig/"),
+    ("/etc/nftables.conf", "/etc/sysconfig/nftables.conf"),
+)
+"""What the paths in a Debian unit file are on RHEL."""
+
+
+def stanzas(text: str) -> Iterator[dict[str, str]]:
+    """The stanzas of a dpkg control or status file, without continuation lines."""
+    for stanza in re.split(r"\n\s*\n", text.strip()):
+        pairs = (line.partition(":") for line in stanza.splitlines() if line[:1] not in (" ", "\t"))
+        yield {name: value.strip() for name, colon, value in pairs if colon}
+
+
+def rpm_name(package: str) -> str:
+    """RHEL's name of a Debian package; empty for one that no RPM node has."""
+    if SKIPPED.fullmatch(package):
+        return ""
+    return "kernel-devel" if HEADERS.fullmatch(package) else NAMES.get(package, package)
+
+
+def version_release(version: str) -> tuple[str, str]:
+    """Version and release of an RPM from a Debian version; the epoch goes."""
+    upstream, dash, revision = version.partition(":")[2 if ":" in version else 0].rpartition("-")
+    return (upstream.replace("-", "."), revision) if dash else (revision, "1")
+
+
+def identity(fields: Mapping[str, str]) -> tuple[str, str, str]:
+    """Name, version and release of the RPM made from a deb with these control fields."""
+    headers = HEADERS.fullmatch(fields["Package"])
+    if headers:
+        return "kernel-devel", headers[1], f"{headers[2]}.el9"
+    return (rpm_name(fields["Package"]), *version_release(fields["Version"]))
+
+
+def requires(fields: Mapping[str, str], offered: Mapping[str, str]) -> list[str]:
+    """What the RPM requires. offered: Debian names, also virtual ones → RPM in the repository."""
+    found: dict[str, None] = {}
+    depends = ", ".join(fields.get(name, "") for name in ("Pre-Depends", "Depends"))
+    for group in depends.split(","):
+        for alternative in group.split("|"):
+            match = re.match(
+                r"\s*([a-z0-9][a-z0-9+.-]+)(?::\w+)?\s*(?:\(= ([^)]+)\))?", alternative
+            )
+            if match is None or match[1] not in offered:
+                continue
+            exactly = "-".join(version_release(match[2])) if match[2] else ""
+            found[f"{offered[match[1]]} = {exactly}" if exactly else offered[match[1]]] = None
+            break
+    return list(found)
+
+
+def offers(controls: Collection[Mapping[str, str]]) -> dict[str, str]:
+    """Debian names, also virtual ones, that the RPMs of those debs stand for."""
+    found: dict[str, str] = {}
+    for fields in controls:
+        name = rpm_name(fields["Package"])
+        provided = re.findall(r"(?:^|,)\s*([a-z0-9][a-z0-9+.-]+)", fields.get("Provides", ""))
+        for offered in provided if name else ():
+            found.setdefault(offered, name)
+    found.update({fields["Package"]: rpm_name(fields["Package"]) for fields in controls})
+    return {offered: name for offered, name in found.items() if name}
+
+
+def arrange(tree: Path, package: str) -> None:
+    """Move the unpacked files of a deb to where RHEL has them; documentation goes, as with ``nodocs``."""
+    for name in ("bin", "sbin", "lib", "lib64"):
+        if (tree / name).is_dir() and not (tree / name).is_symlink():
+            merge(tree / name, tree / "usr" / name)
+    merge(tree / "etc/default", tree / "etc/sysconfig")
+    kind = KINDS.get(package, Kind())
+    documentation = (f"usr/share/{name}" for name in ("doc", "man", "info", "locale", "lintian"))
+    for pattern in (*documentation, "etc/init.d", *kind.drop):
+        for path in tree.glob(pattern):
+            remove_tree(path)
+    for pattern, place in kind.moves:
+        for path in list(tree.glob(pattern)):
+            (tree / place).mkdir(parents=True, exist_ok=True)
+            path.rename(tree / place / path.name)
+            if not any(path.parent.iterdir()):
+                path.parent.rmdir()
+    headers = HEADERS.fullmatch(package)
+    if headers:
+        arrange_headers(tree, package, f"{headers[1]}-{headers[2]}", headers[3])
+    for unit in tree.glob("usr/lib/systemd/system/*"):
+        if unit.is_file() and not unit.is_symlink():
+            text = unit.read_text()
+            for before, after in UNIT_TEXT:
+                text = text.replace(before, after)
+            unit.write_text(text)
+    for name, text in kind.files.items():
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).write_text(text)
+    for name, target in kind.links.items():
+        if not (tree / name).is_symlink():
+            (tree / name).symlink_to(target)
+    for _, name in kind.attributes:
+        if not (tree / name[1:]).exists():
+            (tree / name[1:]).mkdir(parents=True)
+
+
+def arrange_headers(tree: Path, package: str, release: str, architecture: str) -> None:
+    """A kernel's headers where RHEL has them, and its release as RHEL would call it."""
+    kernel = f"{release}.el9.{ARCHITECTURES[architecture]}"
+    modules = tree / "usr/lib/modules" / f"{release}-{architecture}"
+    remove_tree(modules)
+    sources = tree / "usr/src/kernels" / kernel
+    sources.parent.mkdir()
+    (tree / "usr/src" / package).rename(sources)
+    for name in ("include/config/kernel.release", "include/generated/utsrelease.h"):
+        path = sources / name
+        path.write_text(path.read_text().replace(f"{release}-{architecture}", kernel))
+    modules = tree / "usr/lib/modules" / kernel
+    modules.mkdir(parents=True)
+    for name in ("build", "source"):
+        (modules / name).symlink_to(f"/usr/src/kernels/{kernel}")
+
+
+def merge(source: Path, target: Path) -> None:
+    """Move a directory's content into another, which may be there."""
+    if not source.is_dir():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.is_dir():
+        for entry in list(source.iterdir()):
+            if entry.is_dir() and not entry.is_symlink():
+                merge(entry, target / entry.name)
+            else:
+                entry.rename(target / entry.name)
+        source.rmdir()
+    else:
+        source.rename(target)
+
+
+def listed(tree: Path, kind: Kind) -> list[tuple[str, str]]:
+    """(path, line of %files) of all that the package owns: files, links, and directories of their own."""
+    own = {path: attribute for attribute, path in kind.attributes}
+    lines = [(path, f"{attribute} {path}") for path, attribute in own.items()]
+    for folder, folders, files in os.walk(tree):
+        for name in (*files, *folders):
+            path = Path(folder, name)
+            place = f"/{path.relative_to(tree)}"
+            if place in own:
+                continue
+            if path.is_dir() and not path.is_symlink():
+                if not any(path.iterdir()) or path.stat().st_mode & 0o7777 != 0o755:
+                    lines.append((place, f'%dir "{place}"'))
+            elif place.startswith("/etc/"):
+                lines.append((place, f'%config(noreplace) "{place}"'))
+            else:
+                lines.append((place, f'"{place}"'))
+    return lines
+
+
+def spec(fields: Mapping[str, str], needs: Sequence[str], tree: Path, at: str) -> str:
+    """The spec of one package. tree: its arranged files, which rpmbuild sees at ``at``."""
+    kind = KINDS.get(fields["Package"], Kind())
+    name, version, release = identity(fields)
+    summary = fields.get("Description", name)
+    lines = [f"Name: {name}", f"Version: {version}", f"Release: {release}", f"Summary: {summary}"]
+    lines += ["License: see the Debian package", "AutoReqProv: no"]
+    if ARCHITECTURES[fields["Architecture"]] == "noarch":
+        lines.append("BuildArch: noarch")
+    lines += [f"Requires: {need}" for need in needs]
+    lines += ["%description", summary]
+    for part in kind.split:
+        lines += [f"%package -n {part}", f"Summary: {summary}", "AutoReqProv: no"]
+        lines += [f"Requires: {name} = {version}-{release}", f"%description -n {part}", summary]
+    lines += ["%install", "rm -rf %{buildroot}", f"mv {at} %{{buildroot}}"]
+    content = listed(tree, kind)
+    for part, pattern in kind.split.items():
+        inside = {f"/{path.relative_to(tree)}" for path in tree.glob(pattern)}
+        lines += [f"%files -n {part}", *(line for path, line in content if path in inside)]
+        content = [(path, line) for path, line in content if path not in inside]
+    lines += ["%files", *(line for _, line in content)]
+    return "\n".join([*lines, *scriptlets(kind, [path for path, _ in content])]) + "\n"
+
+
+def scriptlets(kind: Kind, paths: Sequence[str]) -> list[str]:
+    """What RHEL's packages do when they come and go: users, the loader's cache, units by preset."""
+    lines: list[str] = []
+    if kind.users:
+        lines.append("%pre")
+        lines += [
+            f"getent passwd {user} >/dev/null || useradd -r -M -d {home} -s /sbin/nologin {user}"
+            for user, home in kind.users.items()
+        ]
+    units = [
+        path.rpartition("/")[2]
+        for path in paths
+        if re.fullmatch(r"/usr/lib/systemd/system/[^/@]+\.(service|socket|timer)", path)
+    ]
+    libraries = any(
+        re.fullmatch(r"/usr/lib(64|/[^/]+)?/lib[^/]+\.so\.[^/]+", path) for path in paths
+    )
+    if units or libraries:
+        lines.append("%post")
+    if libraries:
+        lines.append("ldconfig")
+    if units:
+        names = " ".join(units)
+        lines += ["systemctl daemon-reload || :"]
+        lines += [f"if [ $1 -eq 1 ]; then systemctl --no-reload preset {names} || :; fi"]
+        lines += ["%preun", f"if [ $1 -eq 0 ]; then systemctl disable --now {names} || :; fi"]
+        lines += ["%postun", "systemctl daemon-reload || :"]
+    if libraries:
+        lines += ["ldconfig"] if units else ["%postun", "ldconfig"]
+    return lines
+
+
+def ensure_rpms(repository: Path, marker: Path, image: Path, progress: Progress) -> None:
+    """Make the RPMs of the repository's .deb files that are missing there, and index all.
+
+    image: the RPM base image's directory in the cache. Raises LabError.
+    """
+    debs = {path.name for path in repository.glob("*.deb")}
+    base = [RECIPE, image.name]
+    state = read_json(marker) or {}
+    done = set(state.get("debs", ()))
+    if state.get("base") != base or not done <= debs:
+        for stale in repository.glob("*.rpm"):
+            stale.unlink()
+        done = set()
+    if debs == done and (repository / "repodata/repomd.xml").is_file():
+        return
+    began = progress.seconds
+    marker.unlink(missing_ok=True)
+    work = marker.with_name("rpm")
+    remove_tree(work)
+    try:
+        made = convert(repository, sorted(debs - done), debs, image, work)
+    finally:
+        remove_tree(work)
+    write_json(marker, {"base": base, "debs": sorted(debs)})
+    progress(f"packages: {made} RPMs made of them in {progress.seconds - began:.0f} s")
+
+
+def convert(
+    repository: Path, missing: Sequence[str], debs: Collection[str], image: Path, work: Path
+) -> int:
+    """Convert the missing ones; returns how many RPMs they became. Raises LabError."""
+    for name in ("lab/specs", "lab/trees", "lab/rpms", "upper", "work", "root"):
+        make_directory(work / name)
+    there = {
+        fields["Package"]
+        for fields in stanzas((image / "status").read_text())
+        if fields.get("Status", "").endswith(" installed")
+    }
+    controls = {
+        name: fields
+        for name in debs
+        for fields in stanzas(run(["dpkg-deb", "--field", str(repository / name)]))
+        if fields["Package"] not in there and rpm_name(fields["Package"])
+    }
+    offered = offers(controls.values())
+    for name in missing:
+        if name not in controls:
+            continue
+        fields, stem = controls[name], name.removesuffix(".deb").replace("%", "_")
+        tree = make_directory(work / "lab/trees" / stem)
+        run(["dpkg-deb", "--extract", str(repository / name), str(tree)])
+        arrange(tree, fields["Package"])
+        needs = requires(fields, offered)
+        text = spec(fields, needs, tree, f"/mnt/lab/trees/{stem}")
+        write_whole(work / "lab/specs" / f"{stem}.spec", text)
+    script = (
+        "cd /mnt/lab/specs; find . -name '*.spec' -print0 | xargs -0 -r -n 4 -P 2 rpmbuild --quiet -bb "
+        f"{' '.join(DEFINES)}; cp --no-preserve=mode,ownership /mnt/lab/rpms/*.rpm /mnt/repository/ || "
+        'test -z "$(ls /mnt/lab/rpms)"; createrepo_c --quiet --update /mnt/repository'
+    )
+    log = work.with_name("rpm.log")
+    log.unlink(missing_ok=True)
+    argv = ["sh", "-ec", IN_IMAGE + PACKED, script, str(image / "root"), str(work), str(repository)]
+    run_logged(argv, log, "making RPMs")
+    return len(list((work / "lab/rpms").glob("*.rpm")))
