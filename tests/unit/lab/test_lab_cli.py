@@ -171,7 +171,7 @@ def test_a_lab_that_is_up_does_not_change_its_system(
     (paths.nodes / "node2/node.json").write_text('{"base": "base-1"}')
     save_record(paths, Record(7, os="mixed"))
     monkeypatch.setattr(lab, "read_host", lambda: None)
-    monkeypatch.setattr(lab.network, "links", lambda: [])
+    monkeypatch.setattr(lab.network, "links", list)
     monkeypatch.setattr(nodes, "check_overlay", lambda paths: None)
     assert main(["up", "--os", "rpm", "--write", str(as_root / "c.yaml")]) == 2
     said = capsys.readouterr().err
