@@ -17,7 +17,6 @@ from roles.driver.drift import (
     header_packages,
     kernels_that_matter,
     lost,
-    packages_wrong,
     persistence_flag,
     rivals,
     source_of,
@@ -26,6 +25,7 @@ from roles.driver.drift import (
 from roles.driver.probe import BLOCK_FILE, SEEING, STAMPING, DriverState, Source
 from roles.driver.spec import DriverSpec, Wanted
 from roles.packages.converge import installing
+from roles.packages.fences import closing, exactly
 from roles.packages.spec import PackagesSpec
 
 BUILD_SECONDS = 1800
@@ -177,11 +177,14 @@ def converge(
         return
     ids = {finding.id for finding in findings}
     names = _missing(wanted, state, ids)
-    wrong = packages_wrong(wanted, state) if "driver-package" in ids else []
-    if names or wrong:
-        packages = target.cluster.section("packages", PackagesSpec) or PackagesSpec()
-        exact = {name: wanted.packages[name] for name in wrong}
-        yield installing(packages, state.manager, names, versions=exact)
+    packages = target.cluster.section("packages", PackagesSpec) or PackagesSpec()
+    if names:  # first: a package of the driver builds its module when it is installed
+        yield installing(packages, state.manager, names)
+    if "driver-package" in ids:
+        declared, there = wanted.packages, state.packages
+        yield exactly(packages, state.manager, declared, there, state.locks)
+    if "driver-unheld" in ids:
+        yield Shell(closing(state.manager, wanted.packages, state.locks))
     if "nouveau-not-blocked" in ids:
         yield Shell(write_file(BLOCK_FILE, BLOCK_TEXT, backup=False))
     if ids & {"nouveau-not-blocked", "nouveau-initramfs"}:

@@ -10,6 +10,7 @@ from roles.core.role import Finding, Peers, Target
 from roles.driver.gpus import driver_for_cuda, unfit
 from roles.driver.probe import BLOCK_FILE, DriverState, Kernel, Source
 from roles.driver.spec import DriverSpec, Wanted, branch
+from roles.packages.fences import differing, open_fence
 
 PERSISTENCE, FABRIC = "nvidia-persistenced.service", "nvidia-fabricmanager.service"
 
@@ -109,13 +110,9 @@ def rivals(wanted: Wanted, state: DriverState) -> list[tuple[str, str]]:
     ]
 
 
-def packages_wrong(wanted: Wanted, state: DriverState) -> dict[str, str | None]:
-    """Declared packages that have another version, with the version they have."""
-    return {
-        name: state.packages.get(name)
-        for name, version in wanted.packages.items()
-        if state.packages.get(name) != version
-    }
+def packages_wrong(wanted: Wanted, state: DriverState) -> dict[str, str]:
+    """Declared packages that have another version, with what there is instead."""
+    return differing(wanted.packages, state.packages)
 
 
 def header_packages(wanted: Wanted, state: DriverState) -> list[str]:
@@ -135,6 +132,7 @@ def drift(target: Target[DriverSpec], state: DriverState | None, peers: Peers) -
     if refused:  # nothing is built for a GPU that cannot use it
         return refused
     return [
+        *_gpus(target, state),
         *_cuda(wanted, state),
         *_packages(wanted, state),
         *_dkms(wanted, state),
@@ -159,6 +157,19 @@ def _refused(wanted: Wanted, state: DriverState) -> Iterator[Finding]:
         )
 
 
+def _gpus(target: Target[DriverSpec], state: DriverState) -> Iterator[Finding]:
+    declared, there = target.node.gpus or 0, len(state.gpus)
+    if there < declared and not state.container:
+        yield Finding(
+            "gpu-missing",
+            f"{declared} GPUs",
+            f"{there} on the PCI bus",
+            "look for 'fallen off the bus' and Xid 79 in this node's kernel log and power it off and on; "
+            f"or declare {there} under 'gpus'",
+            repairable=False,
+        )
+
+
 def _cuda(wanted: Wanted, state: DriverState) -> Iterator[Finding]:
     for prefix, cuda in state.cuda.items():
         least = driver_for_cuda(cuda)
@@ -178,9 +189,22 @@ def _packages(wanted: Wanted, state: DriverState) -> Iterator[Finding]:
         yield Finding(
             "driver-package",
             ", ".join(f"{name} {wanted.packages[name]}" for name in wrong),
-            ", ".join(f"{name} {version or 'missing'}" for name, version in wrong.items()),
-            "exactly these versions are installed",
+            ", ".join(f"{name} {seen}" for name, seen in wrong.items()),
+            "exactly these versions are installed in one transaction, then held",
             disturbs=True,
+        )
+    elif wanted.packages and (
+        seen := open_fence(state.manager, wanted.packages, state.packages, state.locks)
+    ):
+        fenced = state.manager == "apt" or state.locks is not None
+        yield Finding(
+            "driver-unheld",
+            f"{', '.join(wanted.packages)} {'held' if state.manager == 'apt' else 'locked'} at the declared versions",
+            seen,
+            "held"
+            if fenced
+            else "install python3-dnf-plugin-versionlock (yum-plugin-versionlock on release 7) and leave it enabled",
+            repairable=fenced,
         )
     if not state.dkms:
         yield Finding("dkms-missing", "dkms installed", "not installed", "dkms is installed")

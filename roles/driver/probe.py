@@ -15,6 +15,7 @@ from roles.core.steps import quote
 from roles.driver.dkms import Entry, parse_status
 from roles.driver.spec import DriverSpec, Flavour
 from roles.environment.spec import Environments
+from roles.packages.fences import LOCKS, Installed, LockList, parse_installed
 
 STAMP = "/var/lib/lockstep/driver-seen"
 BLOCK_FILE = "/etc/modprobe.d/lockstep-nouveau.conf"
@@ -83,7 +84,8 @@ class DriverState:
     gpus: PCI device ids. switches: number of NVSwitches. fabric: version of the fabric manager.
     daemon: nvidia-persistenced is installed.
     nouveau: how often it is in use; None when it is not loaded. blocked: something keeps it out.
-    cuda: environment's prefix to the CUDA version of its torch. packages: name to version.
+    cuda: environment's prefix to the CUDA version of its torch.
+    packages: the declared ones that are installed. locks: the list that dnf or yum obeys, or None.
     """
 
     kernel: str
@@ -108,7 +110,8 @@ class DriverState:
     fabric: str | None = None
     daemon: bool = False
     cuda: Mapping[str, str] = field(default_factory=dict)
-    packages: Mapping[str, str] = field(default_factory=dict)
+    packages: Installed = field(default_factory=dict)
+    locks: LockList | None = None
 
 
 # Functions that the probe and the proof share. ``slow`` says what dkms and modinfo say, ``key`` names the
@@ -211,7 +214,12 @@ if command -v dpkg-query >/dev/null; then
   fi
 elif command -v rpm >/dev/null; then
   say manager rpm
-  test -z "$packages" || rpm -q --qf 'package\tii\t%{NAME}\t%{VERSION}-%{RELEASE}\n' $packages 2>/dev/null || true
+  if test -n "$packages"; then
+    rpm -q --qf 'package\tii\t%{NAME}\t%{EPOCHNUM}:%{VERSION}-%{RELEASE}\n' $packages 2>/dev/null | while IFS= read -r f; do
+      case $f in package"$tab"*) printf '%s\n' "$f";; esac  # in any language, what is missing has no row
+    done
+    locks
+  fi
 else echo 'neither dpkg nor rpm is there' >&2; exit 3; fi
 set --
 for f in /usr/src/*nvidia*/dkms.conf /etc/modprobe.d/*.conf /usr/lib/modprobe.d/*.conf /lib/modprobe.d/*.conf; do
@@ -283,6 +291,7 @@ def probe(target: Target[DriverSpec]) -> str:
     prefixes = [each.prefix for each in environments.each()] if environments else []
     return (
         f"packages={quote(' '.join(wanted.packages))} prefixes={quote(' '.join(prefixes))}\n"
+        f"tab=$(printf '\\t')\n{LOCKS}"
         f"{SEEING.strip()}\n{_FAST.strip()}"
     )
 
@@ -293,8 +302,11 @@ def parse(text: str) -> DriverState | None:
     if text == "none":
         return None
     rows: dict[str, list[list[str]]] = {}
+    locks: list[str] = []
     for line in text.split("\n"):
-        if line:
+        if line.startswith("lock\t"):
+            locks.append(line.removeprefix("lock\t"))
+        elif line:
             key, *values = line.split("\t")
             if key not in _WIDTHS or len(values) != _WIDTHS[key]:
                 raise Unreadable(f"unexpected line {line[:80]!r}")
@@ -335,13 +347,14 @@ def parse(text: str) -> DriverState | None:
         fabric=(one("fabric") or "").rpartition(":")[2].strip() or None,
         daemon=_yes(one("daemon") or "no"),
         cuda=_cuda(rows.get("cuda", ())),
-        packages={row[1]: row[2] for row in rows.get("package", ()) if row[0][1:2] == "i"},
+        packages=parse_installed(rows.get("package", ())),
+        locks=LockList(locker, "\n".join(locks)) if (locker := one("locker")) else None,
     )
 
 
 _WIDTHS = {
     "kernel": 1, "container": 1, "dkms": 1, "bootable": 3, "running": 3, "manager": 1, "following": 1,
-    "package": 3, "cuda": 2, "source": 2, "blocked": 1, "nouveau": 1, "loaded": 2, "gpu": 1, "switch": 1,
+    "package": 3, "locker": 1, "cuda": 2, "source": 2, "blocked": 1, "nouveau": 1, "loaded": 2, "gpu": 1, "switch": 1,
     "library": 1, "unit": 1, "fabric": 1, "daemon": 1, "tree": 2, "status": 1, "module": 4, "secureboot": 1,
 }  # fmt: skip
 

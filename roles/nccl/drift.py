@@ -13,6 +13,7 @@ from roles.environment.spec import Environments, of_metadata
 from roles.nccl.probe import DEBS, RPMS, Library, NcclState
 from roles.nccl.spec import AUTO, NcclSpec, environment_of
 from roles.nccl.version import cuda_of, nearest, read, upstream_of_distribution
+from roles.packages.fences import differing, open_fence
 
 WHEELS = "nvidia-nccl-cu"
 
@@ -158,8 +159,9 @@ def _packages(spec: NcclSpec, state: NcclState, want: Wanted) -> Iterator[Findin
         on_offer = set().union(*state.offered.values()) if state.offered else set()
         yield _not_offered(f"{', '.join(names)} {want.upstream}", on_offer, state)
         return
-    seen = {name: [one.version for one in state.packages.get(name, ())] for name in names}
-    if any(versions != [want.package] for versions in seen.values()):
+    versions = dict.fromkeys(names, want.package)
+    wrong = differing(versions, state.packages)
+    if wrong:
         lacking = [
             name
             for name in names
@@ -167,23 +169,20 @@ def _packages(spec: NcclSpec, state: NcclState, want: Wanted) -> Iterator[Findin
         ]
         if lacking:
             assert state.offered is not None
-            versions = state.offered[lacking[0]]
-            yield _not_offered(f"{', '.join(lacking)} {want.package}", versions, state)
+            offered = state.offered[lacking[0]]
+            yield _not_offered(f"{', '.join(lacking)} {want.package}", offered, state)
             return
-        some = any(seen.values())
+        some = any(name in state.packages for name in names)
         yield Finding(
             "nccl-version-mismatch" if some else "nccl-missing",
             f"{', '.join(names)} {want.package}",
-            ", ".join(
-                f"{name} {' and '.join(versions) or 'not installed'}"
-                for name, versions in seen.items()
-            )
+            ", ".join(f"{name} {seen}" for name, seen in wrong.items())
             if some
             else "not installed",
             "they are installed in one transaction, then pinned and held",
             disturbs=some,
         )
-        if state.manager == "rpm" and state.lock_list is None:
+        if state.manager == "rpm" and state.locks is None:
             yield _no_locker()
         return
     if state.gone or state.damage:
@@ -194,10 +193,25 @@ def _packages(spec: NcclSpec, state: NcclState, want: Wanted) -> Iterator[Findin
             "the packages are installed again",
             disturbs=True,
         )
-    if state.manager == "apt":
-        yield from _apt_fences(names, state, want.package)
-    else:
-        yield from _rpm_fences(names, state, want.package)
+    if state.manager == "rpm" and state.locks is None:
+        yield _no_locker()
+    elif (open_ := open_fence(state.manager, versions, state.packages, state.locks)) is not None:
+        yield Finding(
+            "nccl-unheld",
+            f"{', '.join(names)} {'held' if state.manager == 'apt' else 'locked'} at {want.package}",
+            open_,
+            "held" if state.manager == "apt" else "the lock list is written",
+        )
+    if (
+        state.manager == "apt"
+        and (state.pin or "").strip() != pin_text(names, want.package).strip()
+    ):
+        yield Finding(
+            "nccl-pin",
+            f"apt prefers {want.package}",
+            "no such preference" if state.pin is None else "another preference",
+            "the preferences file is written",
+        )
 
 
 def _not_offered(what: str, offered: Iterable[str], state: NcclState) -> Finding:
@@ -220,51 +234,6 @@ def pin_text(names: Iterable[str], version: str) -> str:
         "# Written by Lockstep; changes are lost.\n"
         f"Package: {' '.join(names)}\nPin: version {version}\nPin-Priority: 1001\n"
     )
-
-
-def _apt_fences(names: list[str], state: NcclState, version: str) -> Iterator[Finding]:
-    free = [name for name in names if not all(one.held for one in state.packages[name])]
-    if free:
-        yield Finding(
-            "nccl-unheld",
-            f"{', '.join(free)} held at {version}",
-            "not held: the next upgrade may replace it",
-            "held",
-        )
-    if (state.pin or "").strip() != pin_text(names, version).strip():
-        yield Finding(
-            "nccl-pin",
-            f"apt prefers {version}",
-            "no such preference" if state.pin is None else "another preference",
-            "the preferences file is written",
-        )
-
-
-def lock_line(name: str, version: str) -> str:
-    """One line of dnf's lock list, as its ``versionlock add`` writes it."""
-    return f"{name}-0:{version}.*"
-
-
-def locks_right(names: list[str], state: NcclState, version: str) -> bool:
-    """Whether exactly these versions are locked; yum writes the epoch before the name."""
-    right = {
-        name: {lock_line(name, version), f"0:{name}-{version}.*", f"{name}-{version}.*"}
-        for name in names
-    }
-    each = all(any(line in forms for line in state.locks) for forms in right.values())
-    return each and all(any(line in forms for forms in right.values()) for line in state.locks)
-
-
-def _rpm_fences(names: list[str], state: NcclState, version: str) -> Iterator[Finding]:
-    if state.lock_list is None:
-        yield _no_locker()
-    elif not locks_right(names, state, version):
-        yield Finding(
-            "nccl-unheld",
-            f"{', '.join(names)} locked at {version}",
-            f"locked: {', '.join(state.locks)}" if state.locks else "not locked",
-            "the lock list is written",
-        )
 
 
 def _no_locker() -> Finding:

@@ -16,25 +16,17 @@ from roles.core.role import Target, Unreadable, whole
 from roles.core.steps import quote
 from roles.environment.prove import PROOF
 from roles.nccl.spec import AUTO, NcclSpec, environment_of
+from roles.packages.fences import LOCKS, Installed, LockList, parse_installed
 from roles.packages.spec import PackagesSpec
 
 PIN = "/etc/apt/preferences.d/lockstep-nccl"
 DAMAGE = "/var/lib/lockstep/nccl-damaged"
 """Left by the proof: what of the packages' files is not as it was delivered."""
 
-LOCK_LISTS = ("/etc/dnf/plugins/versionlock.list", "/etc/yum/pluginconf.d/versionlock.list")
 DEBS = ("libnccl2", "libnccl-dev")
 RPMS = ("libnccl", "libnccl-devel", "libnccl-static")
 
 Manager = Literal["apt", "rpm"]
-
-
-@dataclass(frozen=True)
-class Package:
-    """One installed package. held: dpkg's hold; an RPM's lock is in the list of locks."""
-
-    version: str
-    held: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,10 +45,10 @@ class Library:
 
 @dataclass(frozen=True)
 class NcclState:
-    """manager: what installs packages there. packages: the installed ones, by name (RPM may hold several).
+    """manager: what installs packages there. packages: the installed ones.
 
-    pin: our preferences file for apt, None where there is none. locks: lines about NCCL in the lock list.
-    lock_list: where dnf's or yum's lock plug-in keeps it; None where the plug-in is missing or off.
+    pin: our preferences file for apt, None where there is none.
+    locks: the list that dnf or yum obeys; None where its plug-in is missing or off.
     offered: versions on offer by package name; None: not asked, or no answer.
     facts, distributions: what the environment's proof noted, and its metadata folders of interest.
     libraries: in the loader's order. owned: the packages' library files; gone: those that are missing.
@@ -64,10 +56,9 @@ class NcclState:
     """
 
     manager: Manager
-    packages: Mapping[str, tuple[Package, ...]] = field(default_factory=dict)
+    packages: Installed = field(default_factory=dict)
     pin: str | None = None
-    locks: tuple[str, ...] = ()
-    lock_list: str | None = None
+    locks: LockList | None = None
     offered: Mapping[str, frozenset[str]] | None = None
     facts: Mapping[str, str] = field(default_factory=dict)
     distributions: frozenset[str] = frozenset()
@@ -190,22 +181,7 @@ case $all in *'package{chr(9)}'*)
   rpm -ql $(printf '%s\n' "$all" | while read -r word status name version; do
     if test "$status" = ii; then printf '%s ' "$name"; fi; done) | owned;;
 esac
-for list in {" ".join(LOCK_LISTS)}; do
-  conf=${{list%.list}}.conf
-  if test -f "$conf"; then
-    on=yes
-    while read -r line || test -n "$line"; do
-      case $line in enabled*=*0|enabled*=*[Ff]alse|enabled*=*[Nn]o) on=no;; esac
-    done <"$conf"
-    if test $on = yes; then printf 'locker\t%s\n' "$list"; fi
-    if test -f "$list"; then
-      while read -r line || test -n "$line"; do
-        case $line in '#'*) ;; *libnccl*) printf 'lock\t%s\n' "$line";; esac
-      done <"$list"
-    fi
-    break
-  fi
-done
+locks
 satisfied "$(printf '%s\n' "$all" | while read -r word status name version; do
   if test "$status" = ii; then printf '%s ' "$version"; fi; done)" || {{
   tool=yum; if command -v dnf >/dev/null; then tool=dnf; fi
@@ -258,7 +234,7 @@ tab=$(printf '\\t') wanted={quote(wanted)} least={2 if spec.dev else 1}
 if command -v dpkg-query >/dev/null; then
 {_apt(packages.local if packages else None).strip()}
 elif command -v rpm >/dev/null; then
-{_RPM.strip()}
+{LOCKS}{_RPM.strip()}
 else
   echo 'neither dpkg nor rpm is there' >&2; exit 3
 fi
@@ -281,13 +257,16 @@ def parse(text: str) -> NcclState:
     head, mark, pin = f"{text}\n".partition("\npin\n")
     single: dict[str, str] = {}
     found: dict[str, list[list[str]]] = {
-        key: [] for key in ("package", "lock", "offered", "listed", "d", "lib", "owned", "gone")
+        key: [] for key in ("package", "offered", "listed", "d", "lib", "owned", "gone")
     }
+    locks: list[str] = []
     absent = 0
     offers = False
     for line in head.split("\n"):
         key, *values = line.split("\t")
-        if key in found and len(values) == _COUNTS.get(key, 1):
+        if key == "lock":
+            locks.append(line.removeprefix("lock").removeprefix("\t"))
+        elif key in found and len(values) == _COUNTS.get(key, 1):
             found[key].append(values)
         elif key in ("manager", "proof", "locker", "damage") and len(values) == 1:
             single[key] = values[0]
@@ -306,8 +285,7 @@ def parse(text: str) -> NcclState:
         manager=manager,
         packages=_packages(found["package"]),
         pin=pin if mark else None,
-        locks=tuple(values[0] for values in found["lock"]),
-        lock_list=single.get("locker"),
+        locks=LockList(single["locker"], "\n".join(locks)) if "locker" in single else None,
         offered=_offered(manager, found["offered"], found["listed"]) if offers else None,
         facts=_facts(single.get("proof", "")),
         distributions=frozenset(values[0] for values in found["d"]),
@@ -318,20 +296,11 @@ def parse(text: str) -> NcclState:
     )
 
 
-def _packages(lines: list[list[str]]) -> dict[str, tuple[Package, ...]]:
-    """Installed packages. dpkg's status letters: what is wanted (h is held), what is there."""
-    packages: dict[str, tuple[Package, ...]] = {}
-    for status, name, version in lines:
-        if not re.fullmatch(r"[uihrp][ncHUFWti][ R]?", status):
-            raise Unreadable(f"a package's status cannot be {status!r}")
+def _packages(rows: list[list[str]]) -> Installed:
+    for _, name, _ in rows:
         if name not in (*DEBS, *RPMS):
             raise Unreadable(f"nobody asked for the package {name!r}")
-        if status[1] in "nc":
-            continue
-        if not re.fullmatch(r"[0-9][A-Za-z0-9.+:~^_-]*", version):
-            raise Unreadable(f"{name} cannot have the version {version!r}")
-        packages[name] = (*packages.get(name, ()), Package(version, status[0] == "h"))
-    return packages
+    return parse_installed(rows)
 
 
 def _facts(stamp: str) -> dict[str, str]:

@@ -56,11 +56,14 @@ def installing(
     reinstall: unpack them again although they are installed.
     instead_of: installed packages that may go for it; a transaction that would remove anything
     else is refused before it begins.
-    past_locks: dnf's and yum's lock list does not count; the caller writes it anew afterwards.
+    past_locks: holds, and the lock list of dnf 4 and yum, do not count; the caller makes them anew.
     """
     exact = full_names(manager, versions or {})
     if manager == "apt":
-        lines = _with_apt(spec, [*names, *exact], bool(versions), reinstall, instead_of)
+        options = ["--allow-downgrades"] if versions else []
+        options += ["--allow-change-held-packages"] if past_locks else []
+        options += ["--reinstall"] if reinstall else []
+        lines = _with_apt(spec, options, [*names, *exact], instead_of)
         return Shell("\n".join([PATIENCE + _APT_PREAMBLE.rstrip(), *lines]), INSTALL_SECONDS)
     options = ["--disableplugin=versionlock"] if past_locks else []
     lines = _with_dnf(spec, options, [*names, *exact], exact, reinstall, instead_of)
@@ -68,11 +71,9 @@ def installing(
 
 
 def _with_apt(
-    spec: PackagesSpec, names: list[str], exact: bool, reinstall: bool, instead_of: Sequence[str]
+    spec: PackagesSpec, options: Sequence[str], names: Sequence[str], instead_of: Sequence[str]
 ) -> list[str]:
-    words = ["--no-install-recommends"]
-    words += ["--allow-downgrades"] if exact else []
-    words += ["--reinstall"] if reinstall else []
+    words = ["--no-install-recommends", *options]
     if not instead_of:
         return [*apt_ready(spec), apt(spec, "install", *words, "--no-remove", "--", *names)]
     words += ["--", *names, *(f"{name}-" for name in instead_of)]  # apt's way to say "remove it"

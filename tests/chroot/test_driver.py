@@ -23,7 +23,7 @@ from roles.driver import DriverSpec, DriverState, role
 pytestmark = pytest.mark.slow
 
 VERSION, NEWER = "535.154.05", "550.54.15"
-NODE = Node(name="node1", address="10.77.0.11", gpus=8)
+NODE = Node(name="node1", address="10.77.0.11")
 CONF = """PACKAGE_NAME="nvidia"
 PACKAGE_VERSION="{version}"
 MAKE[0]="make KVER=${{kernelver}} modules"
@@ -95,7 +95,7 @@ class Machine:
 
 
 def target(**declared: Any) -> Target[DriverSpec]:
-    spec = DriverSpec(**{"version": VERSION, "flavour": "open", **declared})
+    spec = DriverSpec(**{"version": VERSION, "flavour": "open", "nodes": ["node1"], **declared})
     return Target(Cluster("lab", Path("lab.yaml"), {"node1": NODE}), NODE, spec)
 
 

@@ -23,11 +23,13 @@ from roles.driver.dkms import Entry, parse_status
 from roles.driver.drift import kernels_that_matter, natural
 from roles.driver.gpus import driver_for_cuda, generation, unfit
 from roles.driver.probe import Kernel, Module, Source, Unit, parse, probe
+from roles.packages.fences import DNF, LockList, Package
 
 RECORDED = Path(__file__).parent / "recorded"
 V = "535.154.05"
 K, OLD = "5.15.0-113-generic", "5.15.0-9-generic"
-NODE = Node(name="node1", address="10.77.0.11", gpus=8, gpu_class="a100")
+NODE = Node(name="node1", address="10.77.0.11", gpus=2, gpu_class="a100")
+WITHOUT = Node(name="node1", address="10.77.0.11")
 PLAIN = Node(name="node2", address="10.77.0.12")
 
 
@@ -172,7 +174,8 @@ def test_a_recorded_look_is_judged(name: str) -> None:
         "bookworm-built": ["driver-not-loaded"],
         "bookworm-right": [],
     }
-    assert ids(recorded(name), flavour="open") == expected[name]
+    one = target(WITHOUT, flavour="open", nodes=["node1"])
+    assert [finding.id for finding in role.drift(one, recorded(name), {})] == expected[name]
 
 
 def test_a_cut_or_garbled_look_is_unreadable_and_never_right() -> None:
@@ -276,13 +279,14 @@ def test_a_package_that_brings_the_source_is_installed_at_exactly_its_version() 
     packages = {"nvidia-dkms-535": "535.154.05-1"}
     assert ids(state, packages=packages) == ["driver-package", "driver-not-loaded"]
     install, build, load, _ = steps(state, packages=packages)
-    assert install.rstrip().endswith("-- nvidia-dkms-535=535.154.05-1")
+    assert "-- nvidia-dkms-535=535.154.05-1\n" in install
+    assert install.endswith("apt-mark hold nvidia-dkms-535 >/dev/null")
     assert 'for f in /usr/src/nvidia*-"$version"/dkms.conf' in build and load.endswith(
         "modprobe nvidia"
     )
     rpm = replace(state, manager="rpm")
     assert "nvidia-dkms-535-535.154.05-1" in steps(rpm, packages=packages)[0]
-    assert ids(replace(RIGHT, packages=packages), packages=packages) == []
+    assert ids(with_packages(RIGHT, packages), packages=packages) == []
 
 
 def test_an_entry_that_lost_its_source_is_forgotten_and_built_again() -> None:
@@ -464,6 +468,58 @@ def test_a_driver_too_old_for_the_cuda_of_torch_is_named() -> None:
         RIGHT.cuda == {"/opt/lockstep/envs/main": "12.4"} and driver_for_cuda("12.4") == "525.60.13"
     )
     assert driver_for_cuda("99.0") is None
+
+
+def test_fewer_gpus_than_declared_are_for_the_user() -> None:
+    finding = one(replace(RIGHT, gpus=RIGHT.gpus[:1]))
+    assert finding.id == "gpu-missing" and not finding.repairable
+    assert (finding.want, finding.seen) == ("2 GPUs", "1 on the PCI bus")
+    assert ids(replace(RIGHT, gpus=RIGHT.gpus * 2)) == []
+
+
+DEB = {"nvidia-dkms-535": "535.154.05-0ubuntu1", "libnvidia-compute-535": "535.154.05-0ubuntu1"}
+RPM = {"kmod-nvidia-open-dkms": "3:535.154.05-1.el9"}
+
+
+def with_packages(state: DriverState, declared: dict[str, str], **changes: Any) -> DriverState:
+    there = {name: (Package(version, True),) for name, version in declared.items()}
+    return replace(state, packages=there, **changes)
+
+
+def test_declared_packages_are_held_at_their_versions() -> None:
+    held = with_packages(RIGHT, DEB)
+    assert ids(held, packages=DEB) == []
+    free = replace(
+        held, packages={**held.packages, "nvidia-dkms-535": (Package(DEB["nvidia-dkms-535"]),)}
+    )
+    finding = one(free, packages=DEB)
+    assert finding.id == "driver-unheld" and finding.seen.startswith("nvidia-dkms-535 not held")
+    assert steps(free, packages=DEB)[0] == f"apt-mark hold {' '.join(DEB)} >/dev/null"
+
+
+def test_declared_packages_are_locked_with_their_epoch() -> None:
+    lock = LockList(DNF, "kmod-nvidia-open-dkms-3:535.154.05-1.el9.*")
+    state = with_packages(RIGHT, RPM, manager="rpm", locks=lock)
+    assert ids(state, packages=RPM) == []
+    free = replace(state, locks=replace(lock, text="nvidia-driver-3:535.154.05-1.el9.*\n"))
+    assert ids(free, packages=RPM) == ["driver-unheld"]
+    assert DNF in steps(free, packages=RPM)[0]
+    without = one(replace(state, locks=None), packages=RPM)
+    assert without.id == "driver-unheld" and not without.repairable
+    assert "python3-dnf-plugin-versionlock" in without.fix
+
+
+def test_another_version_of_a_declared_package_goes_past_the_fence_and_back_when_it_fails() -> None:
+    newer = {"kmod-nvidia-open-dkms": "3:550.54.15-1.el9"}
+    lock = LockList(DNF, "kmod-nvidia-open-dkms-3:550.54.15-1.el9.*")
+    state = with_packages(RIGHT, newer, manager="rpm", locks=lock)
+    finding = one(state, packages=RPM)
+    assert finding.id == "driver-package" and finding.disturbs
+    assert finding.seen == "kmod-nvidia-open-dkms 3:550.54.15-1.el9"
+    step = steps(state, packages=RPM)[0]
+    undo = step[step.index("undo() {") : step.index("trap undo EXIT")]
+    assert "kmod-nvidia-open-dkms-3:550.54.15-1.el9" in undo
+    assert "--disableplugin=versionlock" in step
 
 
 def test_what_brings_headers_of_the_next_kernel_is_installed() -> None:

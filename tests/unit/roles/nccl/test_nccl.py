@@ -22,11 +22,12 @@ from roles.core.role import Finding, Target, Unreadable
 from roles.core.steps import Shell
 from roles.environment.spec import Environments
 from roles.nccl import NcclSpec, NcclState, role
-from roles.nccl.converge import move_away, write_locks
-from roles.nccl.drift import lock_line, pin_text, remarks
-from roles.nccl.probe import Library, Package, list_rows, parse, probe
+from roles.nccl.converge import move_away
+from roles.nccl.drift import pin_text, remarks
+from roles.nccl.probe import Library, list_rows, parse, probe
 from roles.nccl.proof import proof
 from roles.nccl.version import cuda_of, nearest, read
+from roles.packages.fences import DNF, Package
 from roles.packages.spec import PackagesSpec
 
 RECORDED = Path(__file__).parent / "recorded"
@@ -339,7 +340,7 @@ def test_on_rpm_both_packages_come_at_the_exact_version_and_are_locked_after_it(
     (step,) = steps(EL9, version="2.20.5")
     assert f" install libnccl-{V20} libnccl-devel-{V20}\n" in step
     assert "--disableplugin=versionlock" in step
-    assert step.rindex("rpm -q") < step.index(lock_line("libnccl", V20))
+    assert step.rindex("rpm -q") < step.index(DNF)
     assert ids(EL9, version="2.21.5") == ["nccl-not-offered"]  # no headers of that version
 
 
@@ -356,39 +357,24 @@ def test_on_rpm_two_installed_versions_at_once_are_drift() -> None:
     assert finding.id == "nccl-version-mismatch" and f"{V18} and {V20}" in finding.seen
 
 
-def test_dnfs_and_yums_locks_are_read_and_another_one_is_drift() -> None:
-    assert ids(EL7, version=V18) == []
-    assert ids(replace(EL7, locks=EL7.locks[:1]), version=V18) == ["nccl-unheld"]
-    other = (*EL7.locks, "libnccl-0:2.20.5-1+cuda12.4.*")
-    assert ids(replace(EL7, locks=other), version=V18) == ["nccl-unheld"]
-    names = ("libnccl", "libnccl-devel")
-    dnf = tuple(lock_line(name, V18) for name in names)
-    assert ids(replace(EL7, locks=dnf), version=V18) == []
+def test_yums_locks_are_read_and_another_one_is_drift() -> None:
+    assert ids(EL7, version=V18) == [] and EL7.locks is not None
+    for text in (
+        EL7.locks.lines()[0],
+        f"{EL7.locks.text}\n0:libnccl-2.20.5-1+cuda12.4.*",
+        "",
+    ):
+        state = replace(EL7, locks=replace(EL7.locks, text=text))
+        assert ids(state, version=V18) == ["nccl-unheld"]
+        (step,) = steps(state, version=V18)
+        assert "/etc/yum/pluginconf.d/versionlock.list" in step and "install" not in step
 
 
 def test_without_the_lock_plug_in_nccl_is_installed_and_the_user_is_told() -> None:
-    found_now = found(replace(EL9, lock_list=None), version="2.20.5")
+    found_now = found(replace(EL9, locks=None), version="2.20.5")
     assert [finding.id for finding in found_now] == ["nccl-missing", "nccl-no-lock"]
     assert not found_now[1].repairable
-    assert "versionlock.list" not in steps(replace(EL9, lock_list=None), version="2.20.5")[0]
-
-
-def test_writing_the_lock_list_touches_no_other_line(tmp_path: Path) -> None:
-    path = tmp_path / "versionlock.list"
-    state = replace(EL9, lock_list=str(path))
-    script = write_locks(state, ["libnccl", "libnccl-devel"], V18)
-    mine = f"libnccl-0:{V18}.*\nlibnccl-devel-0:{V18}.*\n"
-    for before, after in (
-        (None, mine),
-        ("", mine),
-        ("\n# kept\nkernel-0:5.14.0-1.*\n", f"\n# kept\nkernel-0:5.14.0-1.*\n{mine}"),
-        (f"0:libnccl-{V20}.*\n!libnccl-0:{V21}.*\nx-0:1-1.*\n", f"x-0:1-1.*\n{mine}"),
-    ):
-        path.unlink(missing_ok=True)
-        if before is not None:
-            path.write_text(before)
-        subprocess.run(["sh", "-ec", script], check=True)
-        assert path.read_text() == after
+    assert "versionlock.list" not in steps(replace(EL9, locks=None), version="2.20.5")[0]
 
 
 DNF_LIST = """\
