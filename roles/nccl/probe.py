@@ -90,7 +90,8 @@ FILENAME == "/etc/ld.so.preload" || match($0, /LD_(LIBRARY_PATH|PRELOAD)/) {
 
 _LIBRARIES = rf"""
 lib() {{
-  real=$(readlink -f "$2") && test -f "$real" || return 0
+  if ! test -f "$2"; then return 0; fi
+  real=$(readlink -f "$2") || exit 3
   version=${{real##*/libnccl.so.}}
   case $version in
     *[!0-9.]*|[!0-9]*|*.*.*.*) version=;;
@@ -108,7 +109,7 @@ if test -e /etc/ld.so.cache; then
   case $cached in *libnccl.so*)
     printf '%s\n' "$cached" | while read -r name rest; do
       case $name in libnccl.so.*) lib cache "${{rest##*=> }}";; esac
-    done;;
+    done || exit 3;;
   esac
 fi
 for f in /usr/lib/*-linux-gnu/libnccl.so.* /usr/lib/libnccl.so.* /usr/lib64/libnccl.so.* \
@@ -118,12 +119,13 @@ done
 set --
 for f in {SETTINGS}; do if test -f "$f"; then set -- "$@" "$f"; fi; done
 if test $# -gt 0; then
-  awk '{_PATHS.strip()}' "$@" | while IFS="$tab" read -r file path; do
+  named=$(awk '{_PATHS.strip()}' "$@") || exit 3
+  printf '%s\n' "$named" | while IFS="$tab" read -r file path; do
     case $path in
       */libnccl*.so*) lib "$file" "$path";;
       *) for f in "$path"/libnccl.so.*; do if test -f "$f"; then lib "$file" "$f"; fi; done;;
     esac
-  done
+  done || exit 3
 fi
 """
 

@@ -188,6 +188,8 @@ def parse(text: str) -> NetworkState:
         raise Unreadable("the node shows no address at all")
     address, *declared = sections["own"]
     names = carriers.get(address, ())
+    if missing := set(names) - links.keys():
+        raise Unreadable(f"{', '.join(missing)} carries {address} and is not among the interfaces")
     conf, settings, unit = _files(sections["files"])
     return NetworkState(
         carriers=carriers,

@@ -17,6 +17,8 @@ CLIENT_FILE = "/etc/ssh/ssh_config.d/lockstep.conf"
 SERVER_CONFIG = "/etc/ssh/sshd_config"
 SERVER_FILE = "/etc/ssh/sshd_config.d/00-lockstep.conf"
 """Among Match blocks the first value wins, so ours is read first."""
+ALWAYS = {"permitrootlogin", "pubkeyauthentication", "strictmodes"}
+"""Settings that every ``sshd -T`` shows."""
 
 
 @dataclass(frozen=True, order=True)
@@ -198,6 +200,8 @@ def parse(text: str) -> SshState:
             raise Unreadable(f"{line[:60]!r} is not understood")
     if single["server"] not in ("yes", "no", "refuses") or single["client"] not in ("yes", "no"):
         raise Unreadable("neither yes nor no")
+    if single["server"] == "yes" and not settings.keys() >= ALWAYS:
+        raise Unreadable("sshd does not show all its settings")
     key = single.get("key")
     return SshState(
         hostname=single["hostname"],

@@ -494,7 +494,7 @@ def test_the_probe_reads_a_tree_and_complains_about_nothing(tmp_path: Path, shel
     assert made.returncode == 0, made.stderr
     sshd = tmp_path / "sshd"
     sshd.write_text(
-        "#!/bin/sh\necho 'permitrootlogin no'; echo 'allowusers ops'; echo 'allowusers root@10.*'\n"
+        "#!/bin/sh\nprintf 'permitrootlogin no\\npubkeyauthentication yes\\nstrictmodes yes\\n'; echo 'allowusers ops'; echo 'allowusers root@10.*'\n"
         f"echo 'hostkey {tmp_path}/etc/ssh/ssh_host_ed25519_key'; echo 'authorizedkeysfile %h/.ssh/keys-%u .x'\n"
     )
     sshd.chmod(0o755)
@@ -502,7 +502,12 @@ def test_the_probe_reads_a_tree_and_complains_about_nothing(tmp_path: Path, shel
     done = sh(f"set +e\nhead=node1 address=10.0.0.1 is_head=yes\n{text}", tmp_path, shell)
     assert (done.returncode, done.stderr) == (0, "")
     state = parse(done.stdout.rstrip("\n"))
-    assert state.server == {"permitrootlogin": "no", "allowusers": "ops root@10.*"}
+    assert state.server == {
+        "permitrootlogin": "no",
+        "pubkeyauthentication": "yes",
+        "strictmodes": "yes",
+        "allowusers": "ops root@10.*",
+    }
     assert state.host_keys == (PublicKey("ssh-ed25519", "AAAAC3host"),)
     assert state.authorized == f"{tmp_path}/root/.ssh/keys-root"
     assert state.key is not None and state.modes[state.key_path] == Mode(0o600, 0)
