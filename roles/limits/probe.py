@@ -156,8 +156,10 @@ def parse(text: str) -> LimitsState:
             key, _, rest = line.partition(" ")
             if key == "file":
                 files.setdefault(rest, [])
-            else:
+            elif key in ("login", "listener", "shm", "undoing"):
                 own[key] = rest
+            else:
+                raise Unreadable(f"{line[:60]!r} is not understood")
     login, listener = own["login"], own["listener"]
     blocks, free, page = (int(word) for word in own["shm"].split())
     capabilities = int(files[f"proc/{listener}/status"][0].split()[1], 16)

@@ -187,6 +187,8 @@ def parse(text: str) -> NetworkState:
     if not carriers or not links:
         raise Unreadable("the node shows no address at all")
     address, *declared = sections["own"]
+    if not re.fullmatch(r"[0-9a-f.:]+", address):
+        raise Unreadable(f"{address[:60]!r} is no address")
     names = carriers.get(address, ())
     if missing := set(names) - links.keys():
         raise Unreadable(f"{', '.join(missing)} carries {address} and is not among the interfaces")
