@@ -18,7 +18,7 @@ from deploy.lab.commands import run, run_logged
 from deploy.lab.files import make_directory, read_json, remove_tree, write_json, write_whole
 from deploy.lab.progress import Progress
 
-RECIPE = 1
+RECIPE = 2
 """Counts changes of this module that change the packages."""
 
 NAMES = {
@@ -260,6 +260,10 @@ def arrange_headers(tree: Path, package: str, release: str, architecture: str) -
     sources = tree / "usr/src/kernels" / kernel
     sources.parent.mkdir()
     (tree / "usr/src" / package).rename(sources)
+    for link in [path for path in sources.iterdir() if path.is_symlink()]:
+        target = f"../{link.readlink()}"  # a directory deeper than on Debian
+        link.unlink()
+        link.symlink_to(target)
     for name in ("include/config/kernel.release", "include/generated/utsrelease.h"):
         path = sources / name
         path.write_text(path.read_text().replace(f"{release}-{architecture}", kernel))
