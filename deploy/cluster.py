@@ -19,11 +19,13 @@ from roles import (
     pins,
     ssh,
     storage,
+    system,
     time,
     trainer,
 )
 from roles.converge import converge
 
+converge(system.role)
 converge(hosts.role)
 converge(packages.role)
 converge(ssh.role)

@@ -86,6 +86,13 @@ class Run:
         self.blocked(node)[role] = sentence
         session.say(node, f"{role}: {sentence}", "red")
 
+    def barred(self, role: AnyRole, node: Host) -> bool:
+        """Whether a gate is not right there; the gate has said so, and this role says nothing."""
+        return any(
+            each.gate and each is not role and each.name in self.blocked(node)
+            for each in self.roles
+        )
+
     def busy(self, node: Host) -> str | None:
         """What runs on the node and must not be disturbed, in words; None when nothing does."""
         for role in self.roles:
@@ -104,6 +111,8 @@ class Run:
 
         Whatever stays is said. Raises NodeFailed when the node could not be read.
         """
+        if self.barred(role, node):
+            return None
         waiting = [need for need in role.needs if need in self.blocked(node)]
         if waiting:
             self.block(node, role.name, f"left alone, because it needs {', '.join(waiting)}")
@@ -408,6 +417,8 @@ def _operation(role: AnyRole, unsure: bool) -> Iterator[PyinfraCommand]:
 
 def _may_follow(run: Run, role: AnyRole, node: Host) -> bool:
     """Whether a role that this one needs is about to change, so that this one cannot be judged yet."""
+    if run.barred(role, node):
+        return False
     names = required(role.needs, run.roles)
     needed = [known for known in run.roles if known.name in names]
     if any(known.name in run.blocked(node) for known in needed):

@@ -24,12 +24,14 @@ from roles import (
     pins,
     ssh,
     storage,
+    system,
     time,
     trainer,
 )
 from roles.core.look import AnyRole
 
 ROLES: tuple[AnyRole, ...] = (
+    system.role,
     hosts.role,
     packages.role,
     ssh.role,

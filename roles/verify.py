@@ -107,11 +107,11 @@ def report(looks: Looks, nodes: Sequence[Any], each: Each) -> Report:
         for role in looks.roles:
             if NODE in check or target_of(role, looks.cluster, name) is None:
                 continue
-            found, causes = check.get(role.name, []), _causes(looks, role.needs, check)
+            found, causes = check.get(role.name, []), _causes(looks, role, role.needs, check)
             if not causes:
                 findings += found
             if role.proof and not found:
-                causes = _causes(looks, [*role.needs, *role.proof_needs], check)
+                causes = _causes(looks, role, [*role.needs, *role.proof_needs], check)
             if causes and (found or role.proof):
                 waiting.append(Waiting(name, role.name, causes))
     names = [node.name for node in nodes]
@@ -164,12 +164,13 @@ def _prove_together(looks: Looks, node: Any, checks: Mapping[str, Check]) -> Che
 
 
 def _provable(looks: Looks, role: AnyRole, check: Check) -> bool:
-    return NODE not in check and not _causes(looks, [*role.needs, *role.proof_needs], check)
+    return NODE not in check and not _causes(looks, role, [*role.needs, *role.proof_needs], check)
 
 
-def _causes(looks: Looks, names: Iterable[str], check: Check) -> list[str]:
-    """Which of these roles, and of those that they need in turn, are wrong."""
-    return [name for name in required(names, looks.roles) if name in check]
+def _causes(looks: Looks, role: AnyRole, names: Iterable[str], check: Check) -> list[str]:
+    """Which of these roles, and of those that they need in turn, are wrong; or which gate is."""
+    gates = [] if role.gate else [each.name for each in looks.roles if each.gate]
+    return [name for name in required([*gates, *names], looks.roles) if name in check]
 
 
 def _proofs(role: AnyRole, node: Any, script: str) -> list[Wrong]:

@@ -49,7 +49,8 @@ def script(roles: Sequence[AnyRole], cluster: Cluster, name: str) -> str:
     text = "\n".join([*parts, f"echo '{MARK} .end'"])
     # pyinfra cannot read bytes that are no UTF-8 (a comment in an old encoding); iconv leaves them
     # out, and complains by its exit code. The end mark proves the output whole.
-    return f"{{\n{text}\n}} | iconv -c -f UTF-8 -t UTF-8 || :"
+    clean = "if command -v iconv >/dev/null; then iconv -c -f UTF-8 -t UTF-8; else cat; fi"
+    return f"{{\n{text}\n}} | {{ {clean}; }} || :"
 
 
 @dataclass(frozen=True)

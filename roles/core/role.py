@@ -141,6 +141,7 @@ class Role(Generic[S, T]):
     remarks(target, state, peers, dry): lines (and their colours) for the user beside the findings,
     said once a run; dry: what would be done is to be shown exactly.
     seconds: time limit of the probe.
+    gate: every other role needs this one; where it is not right, it alone is said, and nothing is changed.
     """
 
     name: str
@@ -161,6 +162,7 @@ class Role(Generic[S, T]):
     proof_needs: Sequence[str] = ()
     busy: Callable[[T], str | None] | None = None
     remarks: Callable[[Target[S], T, Peers, bool], Iterable[tuple[str, str | None]]] | None = None
+    gate: bool = False
 
     @property
     def key(self) -> str:

@@ -1,6 +1,6 @@
 """packages: every node has the declared system packages, from the declared source."""
 
-from roles.core.role import Fact, Role
+from roles.core.role import Role
 from roles.packages.converge import converge
 from roles.packages.drift import drift
 from roles.packages.probe import PackagesState, parse, probe
@@ -16,11 +16,4 @@ role: Role[PackagesSpec, PackagesState] = Role(
     parse=parse,
     drift=drift,
     converge=converge,
-    facts=(
-        Fact("os", "any", lambda state: state.os, is_os=True),
-        Fact("kernel", "equal per class and os", lambda state: state.kernel),
-        Fact("glibc", "equal per class and os", lambda state: state.glibc),
-        Fact("system python", "equal per class and os", lambda state: state.python),
-        Fact("gcc", "equal per class and os", lambda state: state.gcc),
-    ),
 )

@@ -1,4 +1,4 @@
-"""Which packages a node has, whether the package manager was interrupted, and what the node runs.
+"""Which packages a node has, from where, and whether the package manager was interrupted.
 
 One query of the package database answers for the installed and for the half-installed.
 """
@@ -30,7 +30,6 @@ class PackagesState:
     repository: the declared local directory; "none" when none is declared.
     offered: wanted packages that are missing and that the repository's index has; None: not known.
     policy_left: an installation of ours was killed and left the file that holds services back.
-    os, kernel, glibc, python, gcc: what the node runs; None where it has none.
     """
 
     manager: Manager
@@ -41,11 +40,6 @@ class PackagesState:
     repository: Repository = "none"
     offered: frozenset[str] | None = None
     policy_left: bool = False
-    os: str | None = None
-    kernel: str | None = None
-    glibc: str | None = None
-    python: str | None = None
-    gcc: str | None = None
 
 
 # Fields of a line are split at tabs. Input: the database, then the local index, which is read only
@@ -72,11 +66,6 @@ local={local} names={names} tab='\t'
 PATH=$PATH:/usr/sbin:/sbin
 LC_ALL=C; export LC_ALL
 say() {{ printf '%s\\t%s\\n' "$@"; }}
-( . /etc/os-release && say os "$ID${{VERSION_ID:+ $VERSION_ID}}" ) || exit 3
-read -r kernel </proc/sys/kernel/osrelease; say kernel "$kernel"
-glibc=$(getconf GNU_LIBC_VERSION 2>/dev/null) && say glibc "${{glibc#glibc }}"
-if test -x /usr/bin/python3; then version=$(/usr/bin/python3 -V 2>&1); say python "${{version#Python }}"; fi
-if command -v gcc >/dev/null; then say gcc "$(gcc -dumpfullversion 2>/dev/null || gcc -dumpversion)"; fi
 index=
 if test -n "$local"; then
   if ! test -d "$local"; then say repository absent
@@ -144,15 +133,10 @@ def parse(text: str) -> PackagesState:
         repository=_repository(single.get("repository", "none")),
         offered=frozenset(offered) if indexed else None,
         policy_left="policy" in single,
-        os=single.get("os"),
-        kernel=single["kernel"],
-        glibc=single.get("glibc"),
-        python=single.get("python"),
-        gcc=single.get("gcc"),
     )
 
 
-_SINGLE = {"manager", "journal", "repository", "policy", "os", "kernel", "glibc", "python", "gcc"}
+_SINGLE = {"manager", "journal", "repository", "policy"}
 
 
 def _repository(word: str) -> Repository:

@@ -227,6 +227,52 @@ def test_what_only_the_user_can_mend_blocks_and_a_dry_run_counts_no_change(lab: 
     assert failed(lab.run(a, last(lab), limit=["node2"])) == ["node2"]
 
 
+def gate(lab: Lab, node: str) -> Role[Any, Any]:
+    """A gate that is right on all nodes but this one, where only the user can help."""
+    for name in lab.names:
+        if name != node:
+            (lab.folder / name / "gate").touch()
+    return toy(
+        lab,
+        "gate",
+        findings=lambda found: [replace(found, repairable=False, fix="get a newer one")],
+        gate=True,
+    )
+
+
+def test_a_gate_that_is_not_right_leaves_everything_on_that_node_alone_in_one_sentence(
+    lab: Lab,
+) -> None:
+    roles = (gate(lab, "node2"), toy(lab, "a"), toy(lab, "b", needs=("a",)), last(lab))
+    assert failed(lab.run(*roles)) == ["node2"]
+    assert lab.has("node1", "a") and lab.has("node1", "b")
+    assert not lab.has("node2", "a") and not lab.has("node2", "b")
+    assert [line for line in lab.said if line.startswith("node2")] == [
+        "node2 gate: gate-missing: want yes, seen no; get a newer one",
+        "node2 not right on this node: gate (see above)",
+    ]
+
+
+def test_a_dry_run_counts_no_change_behind_a_gate_that_is_not_right(lab: Lab) -> None:
+    roles = (gate(lab, "node1"), toy(lab, "a"), toy(lab, "b", needs=("a",)))
+    dry = lab.run(*roles, dry=True)
+    assert [change_of(dry, number) for number in range(3)] == [False] * 3
+
+
+def test_verify_says_of_a_node_before_its_gate_nothing_else(lab: Lab) -> None:
+    report = report_of(lab, gate(lab, "node1"), toy(lab, "a"))
+    assert {(found.node, found.id) for found in report.findings} == {
+        ("node1", "gate-missing"),
+        ("node2", "a-missing"),
+    }
+
+
+def test_an_unmanaged_gate_is_open(lab: Lab) -> None:
+    lab.sections = {"gate": Spec(manage="unmanaged")}
+    assert not failed(lab.run(gate(lab, "node2"), toy(lab, "a"), last(lab)))
+    assert lab.has("node2", "a")
+
+
 def test_a_repair_that_would_disturb_waits_and_is_no_failure(lab: Lab) -> None:
     a = toy(lab, "a", findings=lambda found: [replace(found, disturbs=True)])
     busy = replace(last(lab), busy=lambda state: "job light")
