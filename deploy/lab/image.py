@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from deploy.lab import rpm_image
+from deploy.lab import rpm, rpm_image
 from deploy.lab.commands import run, run_logged
 from deploy.lab.errors import LabError
 from deploy.lab.files import (
@@ -277,7 +277,10 @@ def _mark(paths: Paths) -> str:
 
 
 def remove_unused(paths: Paths, keep: set[str]) -> None:
-    """Remove the images that no lab lies on, but those to keep."""
+    """Remove the images that no lab lies on, but those to keep, and the RPMs of other recipes."""
+    for entry in paths.cache.glob("rpms-*"):
+        if entry.name != rpm.cache_name():
+            retire(entry)
     for entry in paths.cache.glob("base-*"):
         if entry.is_dir() and entry.name not in keep and not users(paths.cache, entry.name):
             retire(entry)

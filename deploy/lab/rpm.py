@@ -7,15 +7,26 @@ neither. Libraries stay where Debian's loader and compiler look for them.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 import shlex
+import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from deploy.lab.commands import run, run_logged
-from deploy.lab.files import make_directory, read_json, remove_tree, write_json, write_whole
+from deploy.lab.files import (
+    building,
+    make_directory,
+    partial_beside,
+    read_json,
+    remove_tree,
+    write_json,
+    write_whole,
+)
 from deploy.lab.progress import Progress
 
 RECIPE = 2
@@ -64,12 +75,11 @@ DEFINES = tuple(
 """rpmbuild's options: everything under /mnt/lab, nothing in the payload changed, quick compression."""
 
 IN_IMAGE = """
-root=$1 work=$2 repository=$3
+root=$1 work=$2 lab=$3
 mount -t overlay -o "lowerdir=$root,upperdir=$work/upper,workdir=$work/work" lockstep-lab "$work/root"
-mkdir "$work/root/mnt/lab" "$work/root/mnt/repository"
-mount --bind "$work/lab" "$work/root/mnt/lab"
-mount --bind "$repository" "$work/root/mnt/repository"
 root=$work/root
+mkdir "$root/mnt/lab"
+mount --bind "$lab" "$root/mnt/lab"
 """
 PACKED = """
 mount --bind /dev "$root/dev"
@@ -90,7 +100,7 @@ class Kind:
     moves: (glob, place) of files whose place differs. drop: globs of files that RHEL does not have.
     files: new files. links: new symbolic links. attributes: (%files attribute, path) of directories.
     users: system users, by name and home. split: package → glob of files that go there; it needs the
-    main one.
+    main one. provides: further names, in which {} are the parts of the version.
     """
 
     moves: tuple[tuple[str, str], ...] = ()
@@ -100,6 +110,7 @@ class Kind:
     attributes: tuple[tuple[str, str], ...] = ()
     users: Mapping[str, str] = field(default_factory=dict)
     split: Mapping[str, str] = field(default_factory=dict)
+    provides: tuple[str, ...] = ()
 
 
 CHRONYD_UNIT = """\
@@ -150,6 +161,7 @@ KINDS = {
     "nftables": Kind(moves=(("etc/nftables.conf", "etc/sysconfig"),)),
     "ninja-build": Kind(links={"usr/bin/ninja-build": "ninja"}),
     "pdsh": Kind(split={"pdsh-rcmd-ssh": "usr/lib/*/pdsh/sshcmd.so"}),
+    "python3-dev": Kind(provides=("python{}.{}-devel", "python{}{}-devel")),
 }
 UNIT_TEXT = (
     ("/etc/default/", "/etc/sysconfig/"),
@@ -309,21 +321,23 @@ def listed(tree: Path, kind: Kind) -> list[tuple[str, str]]:
     return lines
 
 
-def spec(fields: Mapping[str, str], needs: Sequence[str], tree: Path, at: str) -> str:
-    """The spec of one package. tree: its arranged files, which rpmbuild sees at ``at``."""
+def spec(fields: Mapping[str, str], needs: Sequence[str], tree: Path) -> str:
+    """The spec of one package. tree: its arranged files, in a directory that rpmbuild sees in /mnt/lab."""
     kind = KINDS.get(fields["Package"], Kind())
     name, version, release = identity(fields)
     summary = fields.get("Description", name)
-    lines = [f"Name: {name}", f"Version: {version}", f"Release: {release}", f"Summary: {summary}"]
+    lines = [f"%global _rpmdir /mnt/lab/rpms/{tree.name}"]
+    lines += [f"Name: {name}", f"Version: {version}", f"Release: {release}", f"Summary: {summary}"]
     lines += ["License: see the Debian package", "AutoReqProv: no"]
     if ARCHITECTURES[fields["Architecture"]] == "noarch":
         lines.append("BuildArch: noarch")
     lines += [f"Requires: {need}" for need in needs]
+    lines += [f"Provides: {more.format(*version.split('.'))}" for more in kind.provides]
     lines += ["%description", summary]
     for part in kind.split:
         lines += [f"%package -n {part}", f"Summary: {summary}", "AutoReqProv: no"]
         lines += [f"Requires: {name} = {version}-{release}", f"%description -n {part}", summary]
-    lines += ["%install", "rm -rf %{buildroot}", f"mv {at} %{{buildroot}}"]
+    lines += ["%install", "rm -rf %{buildroot}", f"mv /mnt/lab/trees/{tree.name} %{{buildroot}}"]
     content = listed(tree, kind)
     for part, pattern in kind.split.items():
         inside = {f"/{path.relative_to(tree)}" for path in tree.glob(pattern)}
@@ -365,68 +379,119 @@ def scriptlets(kind: Kind, paths: Sequence[str]) -> list[str]:
     return lines
 
 
-def ensure_rpms(repository: Path, marker: Path, image: Path, progress: Progress) -> None:
-    """Make the RPMs of the repository's .deb files that are missing there, and index all.
+def cache_name() -> str:
+    """The directory in the cache for the RPMs that this recipe makes."""
+    return f"rpms-{RECIPE}"
 
-    image: the RPM base image's directory in the cache. Raises LabError.
+
+@dataclass(frozen=True)
+class Job:
+    """One .deb to convert. needs: what its RPM requires. made: where the cache has its RPMs."""
+
+    deb: Path
+    fields: Mapping[str, str]
+    needs: Sequence[str]
+    made: Path
+
+
+def ensure_rpms(repository: Path, marker: Path, image: Path, progress: Progress) -> None:
+    """Have the RPMs of the repository's .deb files there, and their index.
+
+    Each is made once for all labs that share the cache. image: the RPM base image's directory in the
+    cache. Raises LabError.
     """
-    debs = {path.name for path in repository.glob("*.deb")}
-    base = [RECIPE, image.name]
-    state = read_json(marker) or {}
-    done = set(state.get("debs", ()))
-    if state.get("base") != base or not done <= debs:
-        for stale in repository.glob("*.rpm"):
-            stale.unlink()
-        done = set()
-    if debs == done and (repository / "repodata/repomd.xml").is_file():
+    debs = sorted(path.name for path in repository.glob("*.deb"))
+    state = {"recipe": RECIPE, "image": image.name, "debs": debs}
+    if read_json(marker) == state and (repository / "repodata/repomd.xml").is_file():
         return
     began = progress.seconds
     marker.unlink(missing_ok=True)
     work = marker.with_name("rpm")
     remove_tree(work)
     try:
-        made = convert(repository, sorted(debs - done), debs, image, work)
+        chosen = jobs([repository / name for name in debs], image)
+        missing = [job for job in chosen if not job.made.is_dir()]
+        log = marker.with_name("rpm.log")
+        log.unlink(missing_ok=True)
+        if missing:
+            convert(missing, image, work, log)
+        files = [path for job in chosen for path in sorted(job.made.iterdir())]
+        place(files, repository)
+        index = "createrepo_c --quiet --update /mnt/lab"
+        run_logged(inside(image, work, repository, index), log, "indexing the RPMs")
     finally:
         remove_tree(work)
-    write_json(marker, {"base": base, "debs": sorted(debs)})
-    progress(f"packages: {made} RPMs made of them in {progress.seconds - began:.0f} s")
+    write_json(marker, state)
+    seconds = progress.seconds - began
+    progress(f"packages: {len(files)} RPMs of them, {len(missing)} made now, in {seconds:.0f} s")
 
 
-def convert(
-    repository: Path, missing: Sequence[str], debs: Collection[str], image: Path, work: Path
-) -> int:
-    """Convert the missing ones; returns how many RPMs they became. Raises LabError."""
-    for name in ("lab/specs", "lab/trees", "lab/rpms", "upper", "work", "root"):
-        make_directory(work / name)
+def jobs(debs: Sequence[Path], image: Path) -> list[Job]:
+    """What to convert: all but Debian's own machinery and what the image holds."""
     there = {
         fields["Package"]
         for fields in stanzas((image / "status").read_text())
         if fields.get("Status", "").endswith(" installed")
     }
     controls = {
-        name: fields
-        for name in debs
-        for fields in stanzas(run(["dpkg-deb", "--field", str(repository / name)]))
+        deb: fields
+        for deb in debs
+        for fields in stanzas(run(["dpkg-deb", "--field", str(deb)]))
         if fields["Package"] not in there and rpm_name(fields["Package"])
     }
     offered = offers(controls.values())
-    for name in missing:
-        if name not in controls:
-            continue
-        fields, stem = controls[name], name.removesuffix(".deb").replace("%", "_")
-        tree = make_directory(work / "lab/trees" / stem)
-        run(["dpkg-deb", "--extract", str(repository / name), str(tree)])
-        arrange(tree, fields["Package"])
+    found = []
+    for deb, fields in controls.items():
         needs = requires(fields, offered)
-        text = spec(fields, needs, tree, f"/mnt/lab/trees/{stem}")
-        write_whole(work / "lab/specs" / f"{stem}.spec", text)
+        digest = hashlib.sha256(json.dumps([deb.name, needs]).encode()).hexdigest()[:16]
+        made = image.parent / cache_name() / f"{fields['Package']}-{digest}"
+        found.append(Job(deb, fields, needs, made))
+    return found
+
+
+def convert(missing: Sequence[Job], image: Path, work: Path, log: Path) -> None:
+    """Make RPMs of those .deb files and put them into the cache. Raises LabError."""
+    lab = work / "lab"
+    for name in ("specs", "trees", "rpms"):
+        make_directory(lab / name)
+    for job in missing:
+        tree = make_directory(lab / "trees" / job.made.name)
+        run(["dpkg-deb", "--extract", str(job.deb), str(tree)])
+        arrange(tree, job.fields["Package"])
+        text = spec(job.fields, job.needs, tree)
+        write_whole(lab / "specs" / f"{tree.name}.spec", text)
     script = (
-        "cd /mnt/lab/specs; find . -name '*.spec' -print0 | xargs -0 -r -n 4 -P 2 rpmbuild --quiet -bb "
-        f"{' '.join(DEFINES)}; cp --no-preserve=mode,ownership /mnt/lab/rpms/*.rpm /mnt/repository/ || "
-        'test -z "$(ls /mnt/lab/rpms)"; createrepo_c --quiet --update /mnt/repository'
+        "cd /mnt/lab/specs; find . -name '*.spec' -print0 | "
+        f"xargs -0 -r -n 4 -P 2 rpmbuild --quiet -bb {' '.join(DEFINES)}"
     )
-    log = work.with_name("rpm.log")
-    log.unlink(missing_ok=True)
-    argv = ["sh", "-ec", IN_IMAGE + PACKED, script, str(image / "root"), str(work), str(repository)]
-    run_logged(argv, log, "making RPMs")
-    return len(list((work / "lab/rpms").glob("*.rpm")))
+    run_logged(inside(image, work, lab, script), log, "making RPMs")
+    for job in missing:
+        if not job.made.is_dir():  # another lab may have made it meanwhile
+            with building(job.made) as directory:
+                for path in (lab / "rpms" / job.made.name).iterdir():
+                    shutil.copyfile(path, directory / path.name)
+
+
+def place(files: Sequence[Path], repository: Path) -> None:
+    """Have exactly those RPMs in the repository, as links where it is on the cache's file system."""
+    names = {path.name for path in files}
+    for path in repository.glob("*.rpm"):
+        if path.name not in names:
+            path.unlink()
+    for path in files:
+        beside = partial_beside(repository / path.name)
+        try:
+            beside.hardlink_to(path)
+        except OSError:
+            shutil.copyfile(path, beside)
+        beside.replace(repository / path.name)
+        beside.unlink(missing_ok=True)  # two links to one file are not renamed onto each other
+
+
+def inside(image: Path, work: Path, lab: Path, script: str) -> list[str]:
+    """argv that runs a script in the image, which stays as it is. lab: the directory seen as /mnt/lab."""
+    for name in ("upper", "work", "root"):
+        remove_tree(work / name)
+        make_directory(work / name)
+    mount = f"{IN_IMAGE}\n{PACKED}"
+    return ["sh", "-ec", mount, script, str(image / "root"), str(work), str(lab)]

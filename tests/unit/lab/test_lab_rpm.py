@@ -122,7 +122,7 @@ def test_chrony_is_rhel_s_in_unit_configuration_and_user(tmp_path: Path) -> None
         "usr/lib/systemd/system/chronyd.service",
     }
     fields = {"Package": "chrony", "Version": "4.3-2", "Architecture": "amd64"}
-    lines = rpm.spec(fields, [], root, "/mnt/lab/trees/chrony").splitlines()
+    lines = rpm.spec(fields, [], root).splitlines()
     assert "%dir %attr(0750, chrony, chrony) /var/lib/chrony" in lines
     assert '%config(noreplace) "/etc/chrony.conf"' in lines
     assert [line for line in lines if "useradd" in line and line.endswith(" chrony")]
@@ -135,7 +135,7 @@ def test_nccl_lies_in_lib64_and_refreshes_the_loader_s_cache(tmp_path: Path) -> 
     (root / "usr/lib/x86_64-linux-gnu/libnccl.so.2").symlink_to("libnccl.so.2.20.5")
     rpm.arrange(root, "libnccl2")
     fields = {"Package": "libnccl2", "Version": "2.20.5-1+cuda12.4", "Architecture": "amd64"}
-    lines = rpm.spec(fields, [], root, "/t").splitlines()
+    lines = rpm.spec(fields, [], root).splitlines()
     owned = {line for line in lines if line.startswith('"/')}
     assert owned == {'"/usr/lib64/libnccl.so.2"', '"/usr/lib64/libnccl.so.2.20.5"'}
     assert lines[lines.index("%post") + 1] == "ldconfig"
@@ -145,7 +145,7 @@ def test_nccl_lies_in_lib64_and_refreshes_the_loader_s_cache(tmp_path: Path) -> 
 def test_pdsh_s_ssh_module_is_a_package_of_its_own(tmp_path: Path) -> None:
     root = tree(tmp_path, {"usr/bin/pdsh": "", "usr/lib/x86_64-linux-gnu/pdsh/sshcmd.so": ""})
     fields = {"Package": "pdsh", "Version": "2.34-0.2", "Architecture": "amd64"}
-    lines = rpm.spec(fields, ["genders"], root, "/t").splitlines()
+    lines = rpm.spec(fields, ["genders"], root).splitlines()
     part, main = lines.index("%files -n pdsh-rcmd-ssh"), lines.index("%files")
     assert lines[part + 1 : main] == ['"/usr/lib/x86_64-linux-gnu/pdsh/sshcmd.so"']
     assert lines[main + 1 :] == ['"/usr/bin/pdsh"']
@@ -172,39 +172,75 @@ def test_headers_are_those_of_a_kernel_with_rhel_s_release(tmp_path: Path) -> No
     assert release.read_text() == f"{kernel}\n"
 
 
-@pytest.fixture
-def converted(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    asked: list[list[str]] = []
+def control(package: str, depends: str = "") -> str:
+    return f"Package: {package}\nVersion: 1-1\nArchitecture: amd64\nDepends: {depends}\n"
 
-    def convert(repository: Path, missing: list[str], *_: object) -> int:
-        asked.append(missing)
-        (repository / f"{len(asked)}.rpm").write_text("")
-        (repository / "repodata").mkdir(exist_ok=True)
-        (repository / "repodata/repomd.xml").write_text("")
-        return len(missing)
+
+@pytest.fixture
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The packages that were converted, by a build that only leaves a file in the cache."""
+    names: list[str] = []
+    (tmp_path / "cache/base-rpm").mkdir(parents=True)
+    status = "Package: libc6\nStatus: install ok installed\nVersion: 2\n"
+    (tmp_path / "cache/base-rpm/status").write_text(status)
+
+    def convert(missing: list[rpm.Job], image: Path, work: Path, log: Path) -> None:
+        for job in missing:
+            names.append(job.fields["Package"])
+            job.made.mkdir(parents=True)
+            (job.made / f"{job.fields['Package']}.rpm").write_text(" ".join(job.needs))
+
+    def run_logged(argv: list[str], log: Path, what: str) -> None:
+        (Path(argv[-1]) / "repodata").mkdir(exist_ok=True)
+        (Path(argv[-1]) / "repodata/repomd.xml").write_text("")
 
     monkeypatch.setattr(rpm, "convert", convert)
-    return asked
+    monkeypatch.setattr(rpm, "run_logged", run_logged)
+    monkeypatch.setattr(rpm, "run", lambda argv: Path(argv[-1]).read_text())
+    return names
 
 
-def test_only_what_is_new_is_converted_and_another_image_does_all_again(
-    tmp_path: Path, converted: list[list[str]]
+def ensure(tmp_path: Path, lab: str, **debs: str) -> set[str]:
+    """Have a lab's repository with those .deb files; the RPMs in it."""
+    repository = tmp_path / lab / "repo"
+    repository.mkdir(parents=True, exist_ok=True)
+    for path in repository.glob("*.deb"):
+        path.unlink()
+    for name, text in debs.items():
+        (repository / f"{name}.deb").write_text(text)
+    image = tmp_path / "cache/base-rpm"
+    rpm.ensure_rpms(repository, tmp_path / lab / "rpms.json", image, QUIET)
+    return {path.name for path in repository.glob("*.rpm*")}
+
+
+def test_an_rpm_is_made_once_for_all_labs_of_a_cache(tmp_path: Path, made: list[str]) -> None:
+    one = {"a": control("a"), "libc6": control("libc6"), "dpkg": control("dpkg")}
+    assert ensure(tmp_path, "one", **one) == {"a.rpm"}
+    assert ensure(tmp_path, "one", **one) == {"a.rpm"}
+    assert ensure(tmp_path, "two", a=control("a"), b=control("b")) == {"a.rpm", "b.rpm"}
+    assert made == ["a", "b"]
+
+
+def test_an_rpm_is_made_anew_when_the_repository_gets_what_it_depends_on(
+    tmp_path: Path, made: list[str]
 ) -> None:
-    repository = tmp_path / "repo"
-    repository.mkdir()
-    (repository / "a.deb").write_text("")
+    ensure(tmp_path, "one", pdsh=control("pdsh", "genders"))
+    ensure(tmp_path, "one", pdsh=control("pdsh", "genders"), genders=control("genders"))
+    assert made == ["pdsh", "genders", "pdsh"]
+    assert (tmp_path / "one/repo/pdsh.rpm").read_text() == "genders"
 
-    def ensure(image: str) -> None:
-        rpm.ensure_rpms(repository, tmp_path / "rpms.json", tmp_path / image, QUIET)
 
-    ensure("base-1")
-    ensure("base-1")
-    (repository / "b.deb").write_text("")
-    ensure("base-1")
-    assert converted == [["a.deb"], ["b.deb"]]
-    ensure("base-2")
-    assert converted[2:] == [["a.deb", "b.deb"]]
-    assert [path.name for path in repository.glob("*.rpm")] == ["3.rpm"]
+def test_what_is_no_longer_in_the_repository_goes_from_its_rpms(
+    tmp_path: Path, made: list[str]
+) -> None:
+    assert ensure(tmp_path, "one", a=control("a"), b=control("b")) == {"a.rpm", "b.rpm"}
+    assert ensure(tmp_path, "one", b=control("b")) == {"b.rpm"}
+
+
+def test_the_system_s_python_headers_answer_to_the_versioned_name_too(tmp_path: Path) -> None:
+    fields = {"Package": "python3-dev", "Version": "3.11.2-1+b1", "Architecture": "amd64"}
+    lines = rpm.spec(fields, [], tmp_path).splitlines()
+    assert "Provides: python3.11-devel" in lines
 
 
 def test_the_image_s_own_packages_are_entered_under_rhel_s_names() -> None:
