@@ -1,0 +1,221 @@
+"""Two real nodes for tests and benchmarks, used through the commands that a user types."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from deploy.lab.faults import Family
+from tests.chroot.test_driver import VERSION, write_source
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = ROOT / ".venv" / "bin"
+NODES: dict[str, Family] = {"node1": "debian", "node2": "debian"}
+"""The nodes and their families, the head first."""
+PACKAGES = ("gcc", "g++", "ninja-build", "python3-dev", "nftables", "dkms", "linux-headers-amd64")
+"""What the roles under test install on the nodes, beside the lab's own packages."""
+SECTIONS: dict[str, Any] = {
+    "packages": {
+        "local": "/srv/lockstep/packages",
+        "install": ["pdsh", "rsync", "zstd", "nftables"],
+    },
+    "time": {},
+    "compiler": {},
+    "driver": {"version": VERSION, "flavour": "open", "nodes": ["node1", "node2"]},
+    "network": {"mtu": 1500, "leaks": "remove", "firewall": "open"},
+    "fabric": {"sysfs": "/shared", "subnet_manager": "node1", "rdma": "off"},
+    "nccl": {"version": "2.20.5", "remove": ["/usr/local/lib", "/opt/nccl-old"]},
+}
+PACKAGING = "25.0"
+"""Pinned from wheels, at another version than the environment's archive has."""
+
+JOB: dict[str, Any] = {
+    "name": "rehearsal",
+    "first_step_seconds": 240,
+    "trainer": {
+        "model": {
+            "config": {
+                "model_type": "llama",
+                "hidden_size": 64,
+                "intermediate_size": 128,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+            }
+        },
+        "data": {
+            "files": ["/shared/text/*.txt"],
+            "tokenizer": {"train": {"vocab_size": 512}},
+            "sequence_length": 64,
+        },
+        "steps": 40,
+    },
+}
+
+
+class Site:
+    """A lab with a cluster file and a job of its own."""
+
+    def __init__(self, state: Path) -> None:
+        self.state = state
+        self.directory = state / "tests"
+        self.runs = state / "shared" / "runs"
+        self.cluster = self.directory / "cluster.yaml"
+        self.job = self.directory / "rehearsal.yaml"
+        self.environ = {
+            **os.environ,
+            "LOCKSTEP_LAB": str(state),
+            "LOCKSTEP_LAB_CACHE": os.environ.get(
+                "LOCKSTEP_LAB_CACHE", "/var/lib/lockstep-lab/cache"
+            ),
+            "LOCKSTEP_CLUSTER": str(self.cluster),
+            "LOCKSTEP_STATE": str(self.directory / "state"),
+            "PATH": f"{BIN}:{os.environ['PATH']}",
+        }
+
+    def run(
+        self, *command: str, timeout: float = 600, **environ: str
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command,
+            cwd=ROOT,
+            env={**self.environ, **environ},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    def lockstep(self, *arguments: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+        return self.run(str(BIN / "lockstep"), *arguments, timeout=timeout)
+
+    def pyinfra(
+        self, deploy: str, *arguments: str, timeout: float = 900
+    ) -> subprocess.CompletedProcess[str]:
+        return self.run(str(BIN / "pyinfra"), "inventory.py", deploy, *arguments, timeout=timeout)
+
+    def converge(self, *arguments: str) -> dict[str, Any]:
+        """A whole run that must succeed; pyinfra's results."""
+        done = self.pyinfra("deploy/cluster.py", "-y", "--json", *arguments)
+        assert done.returncode == 0, done.stderr[-4000:]
+        assert "Traceback" not in done.stderr, done.stderr[-4000:]
+        results: dict[str, Any] = json.loads(done.stdout)["results"]
+        assert results["failed_hosts"] == [], done.stderr[-4000:]
+        return results
+
+    def verify(self) -> dict[str, Any]:
+        done = self.lockstep("verify", "--json")
+        assert done.returncode in (0, 1, 2), done.stderr[-4000:]
+        assert "Traceback" not in done.stderr, done.stderr[-4000:]
+        report: dict[str, Any] = json.loads(done.stdout)
+        assert {"ok": 0, "drift": 1, "unreadable": 2}[report["verdict"]] == done.returncode
+        return report
+
+    def shell(self, node: str, script: str, check: bool = True) -> str:
+        """As root on the node, past SSH: so that it is counted by nobody and works on a broken node."""
+        done = self.run(sys.executable, "-m", "deploy.lab", "shell", node, "--", "sh", "-c", script)
+        assert not check or done.returncode == 0, f"{node}: {script}: {done.stdout}{done.stderr}"
+        return done.stdout
+
+    def declare(self, **changes: Any) -> None:
+        """Rewrite the cluster file with some top-level keys replaced."""
+        declared = yaml.safe_load(self.cluster.read_text())
+        self.cluster.write_text(yaml.safe_dump({**declared, **changes}, sort_keys=False))
+
+    def write_job(self, **changes: Any) -> Path:
+        """The job file with another name, number of steps and so on."""
+        trainer = {**JOB["trainer"], **changes.pop("trainer", {})}
+        self.job.write_text(yaml.safe_dump({**JOB, **changes, "trainer": trainer}, sort_keys=False))
+        return self.job
+
+    def metrics(self, name: str) -> list[dict[str, Any]]:
+        path = self.runs / name / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def wait(self, what: str, condition: Any, seconds: float = 180) -> None:
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, f"after {seconds} s still not: {what}"
+            time.sleep(0.5)
+
+    def stand_in_driver(self) -> None:
+        """A driver's source that compiles, and the traces of the kernel whose headers the lab has."""
+        write_source(self.state / "shared" / "driver", VERSION)
+        headers = next((self.state / "repo").glob("linux-headers-*-amd64_*.deb")).name
+        kernel = headers.removeprefix("linux-headers-").partition("_")[0]
+        for node in NODES:
+            self.shell(
+                node,
+                f"cp -r /shared/driver/usr/src/. /usr/src/; mkdir -p /lib/modules/{kernel} /boot; "
+                f"touch /boot/vmlinuz-{kernel}",
+            )
+
+    def finished(self, name: str) -> None:
+        """Wait until that job is complete."""
+        self.wait(f"{name} complete", lambda: (self.runs / name / "complete.json").exists())
+
+    def sessions(self, node: str) -> list[str]:
+        """Commands that the node's sshd started so far, by its own log."""
+        log = self.shell(node, "journalctl -q -o cat _COMM=sshd | grep 'Starting session' || true")
+        return log.splitlines()
+
+
+@contextmanager
+def bring_up(state: Path) -> Iterator[Site]:
+    """A site with bare nodes, an environment archive and some text; taken down at the end."""
+    site = Site(state)
+    site.lockstep("lab", "down")
+    subprocess.run(["rm", "-rf", str(site.directory), str(state / "shared")], check=True)
+    site.directory.mkdir(parents=True)
+    site.write_job()
+    try:
+        up = site.lockstep(
+            "lab", "up", "--write", str(site.cluster), "--environment", "--trim", "--job", str(site.job),
+            *(word for name in PACKAGES for word in ("--package", name)),
+            timeout=900,
+        )  # fmt: skip
+        assert up.returncode == 0, up.stdout + up.stderr
+        site.declare(**SECTIONS, environments=_environments(site), limits=_limits(site))
+        site.stand_in_driver()
+        text = state / "shared" / "text"
+        text.mkdir(parents=True)
+        for source in sorted(Path("/usr/share/common-licenses").iterdir()):
+            if source.is_file() and not source.is_symlink():
+                (text / f"{source.name}.txt").write_bytes(source.read_bytes())
+        for node in NODES:  # sshd's own log then counts the commands
+            site.shell(
+                node,
+                "mkdir -p /etc/ssh/sshd_config.d; echo 'LogLevel VERBOSE' >/etc/ssh/sshd_config.d/00-count.conf; "
+                "systemctl reload sshd",
+            )
+        yield site
+    finally:
+        down = site.lockstep("lab", "down")
+        assert down.returncode == 0, down.stdout + down.stderr
+
+
+def _environments(site: Site) -> dict[str, Any]:
+    """The environment of ``lab up``, and a pinned wheel beside it."""
+    wheels = site.directory / "wheels"
+    download = ("pip", "download", "-q", "--no-deps", "-d", str(wheels), f"packaging=={PACKAGING}")
+    fetched = site.run(sys.executable, "-m", *download)
+    assert fetched.returncode == 0, fetched.stderr
+    declared: dict[str, Any] = yaml.safe_load(site.cluster.read_text())["environments"]
+    declared["main"] |= {"pins": {"packaging": PACKAGING}, "wheels": str(wheels)}
+    return declared
+
+
+def _limits(site: Site) -> dict[str, Any]:
+    """The limits of ``lab up``, and what else can be declared; memory maps are the machine's own: shared."""
+    declared: dict[str, Any] = yaml.safe_load(site.cluster.read_text())["limits"]
+    maps = int(Path("/proc/sys/vm/max_map_count").read_text())
+    return {**declared, "services": True, "tcp_retries2": 5, "max_map_count": maps}
