@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from deploy.lab import faults
-from deploy.lab.faults import Family, Fault
+from deploy.lab.faults import Fault
+from deploy.lab.state import Family
 from roles import registry
 from roles.core.role import required
 from tests.lab.site import JOB, NODES, Site

@@ -14,13 +14,13 @@ from typing import Any
 
 import yaml
 
-from deploy.lab.faults import Family
+from deploy.lab.state import SYSTEMS, Family
 from tests.chroot.test_driver import VERSION, write_source
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = ROOT / ".venv" / "bin"
-NODES: dict[str, Family] = {"node1": "debian", "node2": "debian"}
-"""The nodes and their families, the head first."""
+OS = "mixed"
+"""What the tests' nodes are, as ``lab up --os`` takes it."""
 PACKAGES = ("gcc", "g++", "ninja-build", "python3-dev", "nftables", "dkms", "linux-headers-amd64")
 """What the roles under test install on the nodes, beside the lab's own packages."""
 SECTIONS: dict[str, Any] = {
@@ -60,6 +60,15 @@ JOB: dict[str, Any] = {
         "steps": 40,
     },
 }
+
+
+def nodes_of(os: str) -> dict[str, Family]:
+    """The nodes of such a lab and their families, the head first."""
+    families = SYSTEMS[os]
+    return {f"node{number + 1}": families[number % len(families)] for number in range(2)}
+
+
+NODES = nodes_of(OS)
 
 
 class Site:
@@ -170,8 +179,8 @@ class Site:
 
 
 @contextmanager
-def bring_up(state: Path) -> Iterator[Site]:
-    """A site with bare nodes, an environment archive and some text; taken down at the end."""
+def bring_up(state: Path, os: str = OS) -> Iterator[Site]:
+    """A site with two bare nodes, an environment archive and some text; taken down at the end."""
     site = Site(state)
     site.lockstep("lab", "down")
     subprocess.run(["rm", "-rf", str(site.directory), str(state / "shared")], check=True)
@@ -179,7 +188,7 @@ def bring_up(state: Path) -> Iterator[Site]:
     site.write_job()
     try:
         up = site.lockstep(
-            "lab", "up", "--write", str(site.cluster), "--environment", "--trim", "--job", str(site.job),
+            "lab", "up", "--os", os, "--write", str(site.cluster), "--environment", "--trim", "--job", str(site.job),
             *(word for name in PACKAGES for word in ("--package", name)),
             timeout=900,
         )  # fmt: skip

@@ -246,7 +246,9 @@ def test_an_interrupted_unpacking_is_never_taken_for_whole(lab: Site, ending: st
 
 
 def test_a_changed_host_key_is_refused_until_it_is_trusted(lab: Site) -> None:
-    lab.shell("node2", "rm -f /etc/ssh/ssh_host_*; ssh-keygen -A >/dev/null; systemctl restart sshd")
+    lab.shell(
+        "node2", "rm -f /etc/ssh/ssh_host_*; ssh-keygen -A >/dev/null; systemctl restart sshd"
+    )
     assert lab.verify()["verdict"] == "unreadable"
     hosts = lab.shell("node1", "cat /etc/ssh/ssh_known_hosts")
     done = lab.pyinfra("deploy/cluster.py", "-y")

@@ -107,9 +107,9 @@ def test_the_list_for_scripts_has_name_families_and_finding(
 
 @pytest.fixture
 def two_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Paths:
-    """A lab whose node1 is Debian, whose node2 is Rocky, and whose node3 is off."""
+    """A lab whose node1 is Debian, whose node2 is of the RPM family, and whose node3 is off."""
     paths = Paths(tmp_path, tmp_path / "cache")
-    there = {f"node{n}": nodes.Node(paths, Record(3), n, "base") for n in (1, 2, 3)}
+    there = {f"node{n}": nodes.Node(paths, Record(3, os="mixed"), n, "base") for n in (1, 2, 3)}
     monkeypatch.setattr(lab, "find", lambda paths, name: there[name])
     monkeypatch.setattr(nodes, "existing", lambda paths, record: list(there.values())[:2])
     monkeypatch.setattr(
@@ -117,13 +117,9 @@ def two_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Paths:
         "init",
         lambda node: None if node.number == 3 else Process(node.number, 1, "boot"),
     )
-    releases = {1: "ID=debian", 2: 'ID="rocky"\nID_LIKE="rhel centos fedora"'}
-    for number, text in releases.items():
-        (tmp_path / str(number)).write_text(text + "\n")
 
     def argv(init: Process, command: list[str]) -> list[str]:
-        script = command[-1].replace("/etc/os-release", f"{tmp_path}/{init.pid}")
-        return ["env", f"broken={tmp_path}/broken-{init.pid}", *command[:-1], script]
+        return ["env", f"broken={tmp_path}/broken-{init.pid}", *command]
 
     monkeypatch.setattr(nodes, "shell_argv", argv)
     known = {
