@@ -111,7 +111,7 @@ def _obstacles(target: Target[JobSpec], job: Job, state: JobState) -> Iterator[F
             )
     if state.gpus < node.gpus:
         yield _for_user(
-            "job-gpus",
+            "gpu-missing",
             f"{node.gpus} GPUs",
             str(state.gpus),
             "see nvidia-smi and dmesg on this node; or correct gpus in the cluster file",
@@ -136,7 +136,7 @@ def _obstacles(target: Target[JobSpec], job: Job, state: JobState) -> Iterator[F
     first, last = job.port_range
     if is_first(target) and free_port(first, last, state.listening) is None:
         yield _for_user(
-            "job-ports",
+            "port-in-use",
             f"a free TCP port from {first} to {last}",
             "all are taken",
             "give the job file another port_range",

@@ -122,7 +122,7 @@ def test_an_unchanged_job_file_is_no_finding(target: Make, cluster: Cluster) -> 
     [
         ({"units": (unit(job="dark"),)}, "job-other", "job dark runs"),
         ({"interfaces": {"10.9.9.9": "eth0"}}, "job-interface", "none"),
-        ({"listening": frozenset(range(29500, 29600))}, "job-ports", "all are taken"),
+        ({"listening": frozenset(range(29500, 29600))}, "port-in-use", "all are taken"),
     ],
 )
 def test_what_makes_a_launch_impossible_is_for_the_user(
@@ -135,7 +135,7 @@ def test_what_makes_a_launch_impossible_is_for_the_user(
 def test_a_missing_gpu_is_found_before_the_launch(target: Make, cluster: Cluster) -> None:
     nodes = {name: node.model_copy(update={"gpus": 8}) for name, node in cluster.nodes.items()}
     looks = {"node1": fresh("node1", gpus=7), "node2": fresh("node2", gpus=8)}
-    assert ids(found(target("node1", nodes=nodes), **looks)) == ["job-gpus"]
+    assert ids(found(target("node1", nodes=nodes), **looks)) == ["gpu-missing"]
     assert ids(found(target("node2", nodes=nodes), **looks)) == ["job-absent"]
 
 

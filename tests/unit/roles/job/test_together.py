@@ -20,7 +20,7 @@ from roles.core.steps import Meet
 
 WRONG = Finding("limit-nofile", "4096", "1024", "it is raised")
 DISTURBING = Finding("driver-old", "550", "535", "it is replaced", disturbs=True)
-FOR_USER = Finding("job-gpus", "8 GPUs", "7", "see nvidia-smi", repairable=False)
+FOR_USER = Finding("gpu-missing", "8 GPUs", "7", "see nvidia-smi", repairable=False)
 DUE = Finding("job-absent", "it runs", "absent", "it is started")
 
 
@@ -144,7 +144,7 @@ def test_what_the_role_itself_cannot_repair_on_one_node_holds_all_back(
     cluster: Cluster, state: FakeState
 ) -> None:
     (one,) = obstacles(cluster, state, {("job", "node1"): [DUE], ("job", "node2"): [FOR_USER]})
-    assert one.startswith("node2 is not right in job: job-gpus")
+    assert one.startswith("node2 is not right in job: gpu-missing")
 
 
 def test_a_blocked_role_is_told_in_its_own_words(
