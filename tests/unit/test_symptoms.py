@@ -156,7 +156,9 @@ def emitted(role: str) -> set[str]:
             if isinstance(node, ast.Call) and node.args and isinstance(node.func, ast.Name):
                 found |= set(branches(node.args[0])) if node.func.id in makers else set()
             if isinstance(node, ast.Tuple) and node.elts and path.name == "prove.py":
-                found |= {id for id in branches(node.elts[0]) if "-" in id}
+                found |= {
+                    id for id in branches(node.elts[0]) if re.fullmatch(r"[a-z]+(-[a-z]+)+", id)
+                }
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found |= set(re.findall(r"'([a-z0-9]+(?:-[a-z0-9]+)+)\\?\\t", node.value))
                 found |= set(re.findall(r"\bid=([a-z0-9]+(?:-[a-z0-9]+)+)", node.value))

@@ -320,5 +320,8 @@ def test_every_finding_has_its_entry_in_the_symptoms() -> None:
     folder = Path(__file__).parents[4] / "roles/network"
     known = {each["id"] for each in yaml.safe_load((folder / "symptoms.yaml").read_text())}
     faults = yaml.safe_load((folder.parents[1] / "deploy/lab/faults/network.yaml").read_text())
-    used = {fault["id"] for fault in faults.values()} | {"gloo-interface"}
+    used = {fault["id"] for fault in faults.values()} | {
+        "gloo-interface",
+        "rdzv-master-unreachable",
+    }
     assert used == known
