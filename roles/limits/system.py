@@ -93,8 +93,17 @@ def wanted_sysctls(spec: LimitsSpec) -> dict[str, int]:
     return {name: value for name, value in declared.items() if value is not None}
 
 
-def _sysctl_lines(spec: LimitsSpec) -> list[str]:
-    return [f"{name} = {value}" for name, value in wanted_sysctls(spec).items()]
+def _settable(spec: LimitsSpec, state: SystemState) -> dict[str, int]:
+    """The declared settings that this kernel or container can have, or has."""
+    return {
+        name: value
+        for name, value in wanted_sysctls(spec).items()
+        if name in state.sysctls and (name not in state.fixed or state.sysctls[name] == value)
+    }
+
+
+def _sysctl_lines(spec: LimitsSpec, state: SystemState) -> list[str]:
+    return [f"{name} = {value}" for name, value in _settable(spec, state).items()]
 
 
 def _bytes(text: str) -> str:
@@ -147,12 +156,13 @@ def sysctl_drift(spec: LimitsSpec, state: SystemState) -> Iterator[Finding]:
                 else "it is set, now and for the next boot",
                 repairable=not fixed,
             )
-    if list(state.sysctl_file) != _sysctl_lines(spec):
+    lines = _sysctl_lines(spec, state)
+    if list(state.sysctl_file) != lines:
         yield Finding(
             "sysctl-file",
-            f"{', '.join(_sysctl_lines(spec)) or 'nothing'} in {SYSCTL_FILE}",
+            f"{', '.join(lines) or 'nothing'} in {SYSCTL_FILE}",
             ", ".join(state.sysctl_file) or "nothing",
-            "the file is written" if _sysctl_lines(spec) else "the file is removed",
+            "the file is written" if lines else "the file is removed",
         )
 
 
@@ -169,10 +179,10 @@ def system_steps(spec: LimitsSpec, state: SystemState, ids: set[str]) -> Iterato
         setting = [
             f"echo {value} > /{sysctl_path(name)} || "
             f"{{ echo {quote(f'{name} cannot be set to {value} here; set it on the machine that runs this container')} >&2; exit 1; }}"
-            for name, value in wanted_sysctls(spec).items()
-            if state.sysctls.get(name) != value
+            for name, value in _settable(spec, state).items()
+            if state.sysctls[name] != value
         ]
-        lines = _sysctl_lines(spec)
+        lines = _sysctl_lines(spec, state)
         change = (
             write_file(SYSCTL_FILE, _HEADER + "\n".join(lines) + "\n", backup=False)
             if lines

@@ -88,7 +88,10 @@ def test_a_setting_that_is_read_only_here_is_refused_and_nothing_is_written() ->
     first, *_ = sysctl_drift(spec(max_map_count=1048576), state)
     assert (first.id, first.repairable) == ("sysctl-value", False)
     assert "machine that runs this container" in first.fix
+    assert ids(spec(max_map_count=1048576), state) == ["sysctl-value"]
     assert ids(spec(max_map_count=65530), state) == ["sysctl-file"]
+    (command,) = steps(spec(max_map_count=1048576, tcp_retries2=5), state)
+    assert "tcp_retries2" in command and "max_map_count" not in command
 
 
 def test_services_get_the_limits_as_systemd_counts_them() -> None:
