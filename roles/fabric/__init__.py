@@ -16,5 +16,6 @@ role: Role[FabricSpec, FabricState] = Role(
     parse=parse,
     drift=drift,
     converge=converge,
+    needs=("packages",),
     facts=(Fact("InfiniBand", "equal per class", lambda state: state.summary),),
 )

@@ -6,30 +6,45 @@ from collections.abc import Iterator, Sequence
 
 from roles.core.role import Finding, Peers, Target
 from roles.core.steps import Shell, Step, quote
-from roles.fabric.drift import chosen, waiting
-from roles.fabric.probe import FabricState
+from roles.fabric.drift import OPENSM, VERBS, chosen, waiting
+from roles.fabric.probe import UNITS, FabricState
 from roles.fabric.spec import FabricSpec
+from roles.packages.converge import installing
+from roles.packages.spec import PackagesSpec
 
-SECONDS = 60
-"""opensm sweeps a fabric in a few seconds; the other nodes wait for it to be started, too."""
+SECONDS = 120
+"""opensm sweeps a fabric in a few seconds; the other nodes wait for it to be installed and started, too."""
 
 
 def converge(
     target: Target[FabricSpec], state: FabricState, peers: Peers, findings: Sequence[Finding]
 ) -> Iterator[Step]:
-    """The unit first, then the ports."""
+    """The packages, the unit, then the ports."""
     ids = {finding.id for finding in findings}
     unit = chosen(state)
+    names = [OPENSM] if "opensm-missing" in ids else []
+    names += [VERBS[state.packager]] if "ib-disabled-slow" in ids else []
+    if names:
+        packages = target.cluster.section("packages", PackagesSpec) or PackagesSpec()
+        yield installing(packages, state.packager, names)
     if "opensm-elsewhere" in ids:
         names = [quote(each.unit) for each in state.managers if each.active or each.enabled]
         yield Shell(f"systemctl disable -q --now {' '.join(names)}", seconds=60)
-    if "opensm-stopped" in ids and unit is not None:
-        yield Shell(
-            f"systemctl enable -q {quote(unit.unit)}\nsystemctl start {quote(unit.unit)}",
-            seconds=60,
-        )
+    if ids & {"opensm-missing", "opensm-stopped"}:
+        yield Shell(start(unit.unit if unit else UNITS[0]), seconds=60)
     if "ib-port-initializing" in ids:
         yield Shell(wait(target, state), seconds=SECONDS + 30)
+
+
+def start(unit: str) -> str:
+    """Shell that enables and starts opensm; without ib_umad its unit would not even try."""
+    return (
+        "if test -d /sys/class/infiniband && ! test -e /sys/class/infiniband_mad/abi_version; "
+        "then modprobe -q ib_umad || true; fi\n"
+        f"systemctl enable -q {quote(unit)}\nsystemctl start {quote(unit)}\n"
+        f"systemctl is-active --quiet {quote(unit)} || {{\n"
+        f"  echo 'opensm does not run: see journalctl -u {unit} and /var/log/opensm.log' >&2; exit 1; }}"
+    )
 
 
 def wait(target: Target[FabricSpec], state: FabricState) -> str:

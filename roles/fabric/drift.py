@@ -9,6 +9,12 @@ from roles.fabric.probe import FabricState, Manager, Port
 from roles.fabric.spec import FabricSpec
 from roles.limits.spec import UNLIMITED, LimitsSpec
 
+OPENSM = "opensm"
+"""Its package, on both families and by the adapters' vendor."""
+
+VERBS = {"apt": "ibverbs-providers", "rpm": "libibverbs"}
+"""The package that brings libibverbs.so.1 with the adapters' drivers for it."""
+
 
 def drift(target: Target[FabricSpec], state: FabricState, peers: Peers) -> list[Finding]:
     """Findings: the subnet manager, ports that wait for it or have no link, drivers, locked memory."""
@@ -44,11 +50,11 @@ def _manager(target: Target[FabricSpec], state: FabricState) -> Iterator[Finding
         return  # nothing to manage yet; nodes that wait for it say so
     unit = chosen(state)
     if unit is None:
-        yield _for_user(
+        yield Finding(
             "opensm-missing",
             "opensm installed",
             "neither opensm nor opensmd is known to systemd",
-            f"add opensm to packages.install, or install the adapter's vendor packages on {manager}",
+            f"{OPENSM} is installed, started and enabled",
         )
     elif not (unit.active and unit.enabled):
         seen = [
@@ -85,15 +91,14 @@ def _ports(target: Target[FabricSpec], state: FabricState, peers: Peers) -> Iter
             yield Finding("ib-port-initializing", want, seen, fix, repairable=False)
         else:
             runs = state if manager == target.node.name else peers[manager]
-            unit = chosen(runs)
-            able = bool(runs.adapters) and unit is not None
+            able = bool(runs.adapters)
             yield Finding(
                 "ib-port-initializing",
                 want,
                 seen,
                 f"opensm on {manager} configures it"
                 if able
-                else f"{manager} has no {'opensm' if runs.adapters else 'adapter'}: name a node that has both",
+                else f"{manager} has no adapter: name a node that has one as fabric.subnet_manager",
                 repairable=able,
             )
     if spec.rdma == "off" or any(port.active for port in state.ports) or ports:
@@ -119,11 +124,11 @@ def _use(target: Target[FabricSpec], state: FabricState, peers: Peers) -> Iterat
     if not any(port.active or port.waits for port in state.ports):
         return
     if not state.verbs:
-        yield _for_user(
+        yield Finding(
             "ib-disabled-slow",
             "libibverbs.so.1, without which NCCL falls back to sockets",
             "not installed",
-            "add rdma-core to packages.install (Debian and Ubuntu: ibverbs-providers), or set fabric.rdma: off",
+            f"{VERBS[state.packager]} is installed",
         )
     limits = target.cluster.section("limits", LimitsSpec)
     if limits is not None and limits.manage != "unmanaged" and limits.memlock != UNLIMITED:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from roles.core.role import Target, Unreadable, whole
 from roles.core.steps import quote
 from roles.fabric.spec import FabricSpec
+from roles.packages.managers import Manager as PackageManager
 
 UNITS = ("opensm.service", "opensmd.service")
 """The distributions' name, and that of the vendor's packages."""
@@ -60,6 +62,7 @@ class FabricState:
     """adapters: all, in order. ports: of all of them. managers: units of opensm.
 
     idle: InfiniBand cards on the PCI bus although no driver shows an adapter. verbs: libibverbs is there.
+    packager: what installs packages here.
     """
 
     adapters: tuple[str, ...] = ()
@@ -67,6 +70,7 @@ class FabricState:
     managers: tuple[Manager, ...] = ()
     idle: tuple[str, ...] = ()
     verbs: bool = True
+    packager: PackageManager = "apt"
 
     @property
     def summary(self) -> str:
@@ -101,6 +105,7 @@ for each in /lib/*/libibverbs.so.1 /usr/lib/*/libibverbs.so.1 /lib64/libibverbs.
   if test -e "$each"; then verbs=yes; break; fi
 done
 echo "verbs $verbs"
+if command -v dpkg-query >/dev/null; then echo packager apt; else echo packager rpm; fi
 if test -n "$found$manages"; then
   for each in /etc/rc3.d/S*opensmd /etc/rc.d/rc3.d/S*opensmd; do
     if test -e "$each"; then echo starts; fi
@@ -131,17 +136,20 @@ def parse(text: str) -> FabricState:
             blocks.append({})
         else:
             word, _, rest = line.partition(" ")
-            if word not in ("adapter", "port", "idle", "verbs", "starts"):
+            if word not in ("adapter", "port", "idle", "verbs", "packager", "starts"):
                 raise Unreadable(f"{line[:60]!r} is not understood")
             words.setdefault(word, []).append(rest)
     if words["verbs"] not in (["yes"], ["no"]):
         raise Unreadable("neither yes nor no")
+    if words["packager"] not in (["apt"], ["rpm"]):
+        raise Unreadable(f"packages cannot be installed by {words['packager']}")
     return FabricState(
         adapters=tuple(words.get("adapter", [])),
         ports=tuple(_ports(words.get("port", []))),
         managers=tuple(_managers(blocks, "starts" in words)),
         idle=tuple(words.get("idle", [])),
         verbs=words["verbs"] == ["yes"],
+        packager=cast(PackageManager, words["packager"][0]),
     )
 
 

@@ -17,6 +17,8 @@ from roles.fabric import FabricSpec, FabricState, role
 from roles.fabric.adapters import show, usable, variables
 from roles.fabric.probe import parse, probe
 from roles.limits.spec import LimitsSpec
+from roles.packages import PackagesSpec
+from roles.packages.converge import installing
 
 RECORDED = Path(__file__).parent / "recorded"
 NODES = {name: Node(name=name, address=f"10.0.0.{name[-1]}") for name in ("node1", "node2")}
@@ -100,7 +102,8 @@ def test_a_port_that_waits_starts_opensm_on_the_declared_node_and_waits_for_it()
     of = target(subnet_manager="node1")
     assert ids(of, WAITING) == ["opensm-stopped", "ib-port-initializing"]
     start, wait = steps(of, WAITING)
-    assert start.command == "systemctl enable -q opensm.service\nsystemctl start opensm.service"
+    enabled = "systemctl enable -q opensm.service\nsystemctl start opensm.service"
+    assert enabled in start.command and "opensmd" not in start.command
     assert "/sys/class/infiniband/mlx5_0/ports/1/state" in wait.command
 
 
@@ -110,11 +113,13 @@ def test_the_other_nodes_start_nothing_and_only_wait() -> None:
     assert "systemctl" not in step.command
 
 
-def test_a_manager_that_cannot_be_read_or_has_no_opensm_is_not_waited_for() -> None:
+def test_a_manager_that_cannot_be_read_or_has_no_adapter_is_not_waited_for() -> None:
     of = target("node2", subnet_manager="node1")
-    for peers in ({}, {"node1": NONE}, {"node1": replace(WAITING, managers=())}):
+    for peers in ({}, {"node1": NONE}):
         (finding,) = found(of, WAITING, **peers)
         assert not finding.repairable and "node1" in finding.fix
+    (finding,) = found(of, WAITING, node1=replace(WAITING, managers=()))
+    assert finding.repairable  # it is installed there first
 
 
 def test_without_a_declared_manager_the_user_is_told_and_opensm_is_left_alone() -> None:
@@ -132,11 +137,27 @@ def test_a_second_subnet_manager_is_switched_off() -> None:
     assert step.command == "systemctl disable -q --now opensm.service"
 
 
-def test_a_missing_opensm_is_for_the_user() -> None:
+@pytest.mark.parametrize("packager", ["apt", "rpm"])
+def test_a_missing_opensm_is_installed_started_and_waited_for(packager: Any) -> None:
     of = target(subnet_manager="node1")
-    first, *_ = found(of, replace(WAITING, managers=()))
-    assert (first.id, first.repairable) == ("opensm-missing", False)
-    assert "packages.install" in first.fix
+    bare = replace(WAITING, managers=(), packager=packager)
+    assert ids(of, bare) == ["opensm-missing", "ib-port-initializing"]
+    install, start, wait = steps(of, bare)
+    assert install == installing(PackagesSpec(), packager, ["opensm"])
+    assert "systemctl start opensm.service" in start.command and "ACTIVE" in wait.command
+
+
+@pytest.mark.parametrize(
+    ("packager", "package"), [("apt", "ibverbs-providers"), ("rpm", "libibverbs")]
+)
+def test_a_missing_libibverbs_is_installed_under_its_systems_name(
+    packager: Any, package: str
+) -> None:
+    state = replace(ACTIVE, verbs=False, packager=packager)
+    (finding,) = found(target(), state)
+    assert finding.id == "ib-disabled-slow" and package in finding.fix
+    (install,) = steps(target(), state)
+    assert install == installing(PackagesSpec(), packager, [package])
 
 
 def test_a_port_without_link_matters_only_where_others_have_one() -> None:
@@ -164,14 +185,13 @@ def test_a_recorded_tree_serves_as_a_node(tmp_path: Path) -> None:
     assert done.stdout == "adapter mlx5_0\n"
 
 
-def test_a_card_without_driver_and_a_missing_library_are_named(tmp_path: Path) -> None:
+def test_a_card_without_driver_is_named(tmp_path: Path) -> None:
     card = tmp_path / "sys/bus/pci/devices/0000:3b:00.0"
     card.mkdir(parents=True)
     (card / "class").write_text("0x020700\n")
     state = look(tmp_path / "sys", tmp_path)
-    assert state.idle == ("0000:3b:00.0",)
+    assert steps(target(), state) == [] and state.idle == ("0000:3b:00.0",)
     assert ids(target(), state) == ["ib-disabled-slow"] and ids(target(rdma="off"), state) == []
-    assert ids(target(), replace(ACTIVE, verbs=False)) == ["ib-disabled-slow"]
 
 
 def test_locked_memory_must_be_unlimited_where_adapters_are_used() -> None:
