@@ -79,13 +79,14 @@ def _toolset(state: CompilerState, major: int) -> str:
 
 
 def headers_package(state: CompilerState) -> str:
-    """The package with the headers of the system's python3."""
-    version = state.python or "3"
+    """The package with the headers of the system's python3.
+
+    RPM systems name it in many ways (python3-devel, python36-devel, python39-devel, python3.11-devel);
+    there dnf and yum find it by the file that it brings. Before Python 3.8 the folder ends in m.
+    """
     if state.manager == "apt":
-        return f"python{version}-dev"
-    own = {"7": "3.6", "8": "3.6", "9": "3.9", "10": "3.12"}.get(_release(state))
-    if own is None or version == own:
+        return f"python{state.python or '3'}-dev"
+    if state.python is None:
         return "python3-devel"
-    if _release(state) == "8" and version in ("3.8", "3.9"):  # modules, named without the point
-        return f"python{version.replace('.', '')}-devel"
-    return f"python{version}-devel"
+    old = int(state.python.partition(".")[2]) < 8
+    return f"/usr/include/python{state.python}{'m' if old else ''}/Python.h"

@@ -55,21 +55,13 @@ def _findings(spec: CompilerSpec, state: CompilerState) -> Iterator[Finding]:
     if spec.ninja and state.ninja is None:
         yield Finding("ninja-missing", "ninja in a login", "none", "ninja-build is installed")
     if spec.python_headers and not state.headers:
-        if state.python is None:
-            yield Finding(
-                "python-headers",
-                "headers of the system's python3",
-                "there is no /usr/bin/python3",
-                "install python3, or set 'compiler: python_headers' to false",
-                repairable=False,
-            )
-        else:
-            yield Finding(
-                "python-headers",
-                f"/usr/include/python{state.python}/Python.h",
-                "no such file",
-                f"{headers_package(state)} is installed",
-            )
+        known = state.python is not None
+        yield Finding(
+            "python-headers",
+            f"/usr/include/python{state.python}/Python.h" if known else "python3 and its headers",
+            "no such file" if known else "there is no /usr/bin/python3",
+            f"{headers_package(state)} is installed",
+        )
 
 
 def _foreign(tool: Tool) -> bool:

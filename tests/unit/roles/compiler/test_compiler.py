@@ -85,7 +85,10 @@ def test_enterprise_linux_8_gets_the_nearest_toolset_for_every_login() -> None:
     state = recorded("el8")
     assert ids(state) == ["gcc-too-old", "ninja-missing", "python-headers"]
     install, wrappers, ninja = steps(state)
-    assert "install gcc-toolset-9-gcc gcc-toolset-9-gcc-c++ ninja-build python3-devel" in install
+    assert (
+        "install gcc-toolset-9-gcc gcc-toolset-9-gcc-c++ ninja-build /usr/include/python3.6m/Python.h"
+        in install
+    )
     assert "apt-get" not in install
     assert all(f"/usr/local/bin/{name} " in wrappers for name in NAMES)
     assert "/usr/local/bin/ninja" in ninja
@@ -162,22 +165,24 @@ def test_a_compiler_that_does_not_run_will_not_do() -> None:
     ("os_name", "manager", "python", "package"),
     [
         ("debian 12", "apt", "3.11", "python3.11-dev"),
-        ("rocky 8.9", "rpm", "3.6", "python3-devel"),
-        ("rocky 8.9", "rpm", "3.9", "python39-devel"),
-        ("rocky 8.9", "rpm", "3.11", "python3.11-devel"),
-        ("almalinux 9.3", "rpm", "3.9", "python3-devel"),
-        ("fedora 40", "rpm", "3.12", "python3-devel"),
+        ("debian 12", "apt", None, "python3-dev"),
+        ("rocky 8.9", "rpm", "3.6", "/usr/include/python3.6m/Python.h"),
+        ("rocky 8.9", "rpm", "3.11", "/usr/include/python3.11/Python.h"),
+        ("almalinux 9.3", "rpm", "3.9", "/usr/include/python3.9/Python.h"),
+        ("rocky 8.9", "rpm", None, "python3-devel"),
     ],
 )
 def test_the_headers_belong_to_the_systems_python(
-    os_name: str, manager: Any, python: str, package: str
+    os_name: str, manager: Any, python: str | None, package: str
 ) -> None:
     assert headers_package(replace(RIGHT, os=os_name, manager=manager, python=python)) == package
 
 
-def test_a_node_without_python3_is_for_the_user() -> None:
-    (finding,) = found(replace(RIGHT, python=None, headers=False))
-    assert finding.id == "python-headers" and not finding.repairable
+def test_a_node_without_python3_gets_it_with_its_headers() -> None:
+    state = replace(RIGHT, python=None, headers=False)
+    (finding,) = found(state)
+    assert finding.id == "python-headers" and "no /usr/bin/python3" in finding.seen
+    assert steps(state)[0].splitlines()[-1].endswith("-- python3-dev")
 
 
 def test_a_wrapper_runs_the_toolset_with_its_own_assembler_first(tmp_path: Path) -> None:
