@@ -225,6 +225,16 @@ def closing(manager: Manager, versions: Mapping[str, str], locks: LockList | Non
     return write_file(locks.path, lock_text(locks, versions), backup=False) if locks else ":"
 
 
+def _kept(wanted: str, there: Sequence[Package]) -> str | None:
+    """Of the installed versions the one that may stay."""
+    versions = [one.version for one in there]
+    return wanted if wanted in versions else next(iter(versions), None)
+
+
+def _without_epoch(version: str) -> str:
+    return version.rpartition(":")[2]
+
+
 def exactly(
     spec: PackagesSpec,
     manager: Manager,
@@ -238,12 +248,23 @@ def exactly(
     """The step that brings packages to exactly these versions at once, and fences them there.
 
     packages, locks: what there is now. When anything fails, packages whose version changed go back as
-    far as theirs can be had, and holds and locks are as they were.
+    far as theirs can be had, and holds and locks are as they were. A second version of an RPM, which
+    a cut transaction leaves, goes first; the one that stays had files in common with it.
     reinstall: unpack them although they have this version. then: more shell, before the fence is closed.
     """
-    before = {name: packages[name][0].version for name in versions if packages.get(name)}
+    kept = {name: _kept(version, packages.get(name, ())) for name, version in versions.items()}
+    before = {name: version for name, version in kept.items() if version}
+    twice = [name for name in before if len(packages[name]) > 1]
+    stale = {name: versions[name] for name in twice if kept[name] == versions[name]}
+    cleared = [
+        f"rpm -e --nodeps {quote(f'{name}-{_without_epoch(one.version)}')}"
+        for name in twice
+        for one in packages[name]
+        if one.version != kept[name]
+    ]
     held = [name for name in before if packages[name][0].held]
     change = installing(spec, manager, [], versions=versions, reinstall=reinstall, past_locks=True)
+    again = installing(spec, manager, [], versions=stale, reinstall=True, past_locks=True)
     back = installing(spec, manager, [], versions=before, past_locks=True)
     names = " ".join(map(quote, versions))
     if manager == "apt":
@@ -264,6 +285,7 @@ def exactly(
     return Shell(
         "\n".join(
             [
+                *cleared,
                 f"have() {{ {have}; }}",
                 "had=$(have)",
                 "undo() {",
@@ -278,21 +300,11 @@ def exactly(
                 "trap undo EXIT",
                 "trap 'exit 1' HUP INT TERM",
                 *lift,
+                *([f"(\n{again.command}\n)"] if stale else []),
                 f"(\n{change.command}\n)",
-                *(_without_others(versions) if manager == "rpm" else []),
                 *then,
                 closing(manager, versions, locks),
             ]
         ),
         INSTALL_SECONDS,
     )
-
-
-def _without_others(versions: Mapping[str, str]) -> Iterator[str]:
-    """Shell lines that take away other versions of the same packages, which a cut transaction left."""
-    for name, version in versions.items():
-        yield (
-            f"for one in $(rpm -q --qf '%{{EPOCHNUM}}:%{{VERSION}}-%{{RELEASE}}\\n' {quote(name)}); do\n"
-            f'  test "$one" = {quote(_evr(version))} || rpm -e --nodeps {quote(name)}-"${{one#*:}}"\n'
-            "done"
-        )

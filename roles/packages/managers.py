@@ -75,11 +75,11 @@ def apt_ready(spec: PackagesSpec) -> list[str]:
     """Shell lines that come before any installation with apt.
 
     The second mends what lacks a dependency that somebody took away: of whatever package, it would
-    stop every installation.
+    stop every installation. Where it cannot (a held package is in the way), the installation may.
     """
     return [
         apt(spec, "update"),
-        apt(spec, "install", "-f", "--no-install-recommends", "--no-remove"),
+        f"{apt(spec, 'install', '-f', '--no-install-recommends', '--no-remove')} || true",
     ]
 
 
