@@ -37,11 +37,16 @@ def converge(
 
 
 def start(unit: str) -> str:
-    """Shell that enables and starts opensm; without ib_umad its unit would not even try."""
+    """Shell that enables and starts opensm; without ib_umad its unit would not even try.
+
+    Debian's starts at boot only where something else waits for the network, so multi-user wants it too.
+    """
     return (
         "if test -d /sys/class/infiniband && ! test -e /sys/class/infiniband_mad/abi_version; "
         "then modprobe -q ib_umad || true; fi\n"
-        f"systemctl enable -q {quote(unit)}\nsystemctl start {quote(unit)}\n"
+        f"systemctl enable -q {quote(unit)}\n"
+        f"systemctl add-wants -q multi-user.target {quote(unit)} || true\n"
+        f"systemctl start {quote(unit)}\n"
         f"systemctl is-active --quiet {quote(unit)} || {{\n"
         f"  echo 'opensm does not run: see journalctl -u {unit} and /var/log/opensm.log' >&2; exit 1; }}"
     )

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import yaml
@@ -21,7 +22,10 @@ ROOT = Path(__file__).resolve().parents[2]
 BIN = ROOT / ".venv" / "bin"
 OS = "mixed"
 """What the tests' nodes are, as ``lab up --os`` takes it."""
-PACKAGES = ("gcc", "g++", "ninja-build", "python3-dev", "nftables", "dkms", "linux-headers-amd64")
+PACKAGES = (
+    *("gcc", "g++", "ninja-build", "python3-dev", "nftables", "dkms", "linux-headers-amd64"),
+    "opensm",
+)
 """What the roles under test install on the nodes, beside the lab's own packages."""
 SECTIONS: dict[str, Any] = {
     "packages": {
@@ -35,6 +39,18 @@ SECTIONS: dict[str, Any] = {
     "fabric": {"sysfs": "/shared", "subnet_manager": "node1", "rdma": "off"},
     "nccl": {"version": "2.20.5", "remove": ["/usr/local/lib", "/opt/nccl-old"]},
 }
+OPENSM = """[Unit]
+ConditionPathExists=
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+EnvironmentFile=
+ExecCondition=
+ExecStart=
+ExecStart=/bin/sh -c 'echo 4: ACTIVE >/shared/class/infiniband/mlx5_0/ports/1/state'
+"""
+"""What a node's opensm does instead of looking for adapters: it brings the recorded port up."""
+
 PACKAGING = "25.0"
 """Pinned from wheels, at another version than the environment's archive has."""
 
@@ -168,6 +184,19 @@ class Site:
                 f"touch /boot/vmlinuz-{kernel}",
             )
 
+    def stand_in_fabric(self) -> None:
+        """A tree with one InfiniBand port, shared by all nodes, and an opensm that brings it up there."""
+        port = self.state / "shared/class/infiniband/mlx5_0/ports/1"
+        port.mkdir(parents=True)
+        for file, text in (
+            ("link_layer", "InfiniBand"), ("rate", "200 Gb/sec (4X HDR)"),
+            ("phys_state", "5: LinkUp"), ("state", "2: INIT"),
+        ):  # fmt: skip
+            (port / file).write_text(f"{text}\n")
+        drop_in = "/etc/systemd/system/opensm.service.d"  # the unit itself comes with its package
+        for node in NODES:
+            self.shell(node, f"mkdir -p {drop_in}; printf %s {quote(OPENSM)} >{drop_in}/lab.conf")
+
     def finished(self, name: str) -> None:
         """Wait until that job is complete."""
         self.wait(f"{name} complete", lambda: (self.runs / name / "complete.json").exists())
@@ -195,6 +224,7 @@ def bring_up(state: Path, os: str = OS) -> Iterator[Site]:
         assert up.returncode == 0, up.stdout + up.stderr
         site.declare(**SECTIONS, environments=_environments(site), limits=_limits(site))
         site.stand_in_driver()
+        site.stand_in_fabric()
         text = state / "shared" / "text"
         text.mkdir(parents=True)
         for source in sorted(Path("/usr/share/common-licenses").iterdir()):
