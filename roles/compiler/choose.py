@@ -40,23 +40,33 @@ class Choice:
 def choose(spec: CompilerSpec, state: CompilerState) -> Choice | None:
     """The compiler for a node whose login finds none that will do; None where its system offers none.
 
-    What is installed already comes before what would have to be installed.
+    What is installed already comes before what would have to be installed. The system's own package
+    is of no use where its name leads to another version (update-alternatives): then only its version.
     """
     own, others = _offered(state)
-    native = ("gcc", "g++") if state.manager == "apt" else ("gcc", "gcc-c++")
-    if own is None or spec.accepts(own):
-        return Choice(packages=native)
     installed = {int(name.rpartition("-")[2]): name for name in state.candidates}
-    fitting = [major for major in (*installed, *others) if spec.accepts(major)]
+    turned = any(
+        tool.path.startswith(("/usr/bin/", "/bin/")) and not spec.accepts(tool.major)
+        for tool in state.tools.values()
+    )
+    known = [*installed] if own is None or state.manager == "rpm" else [*installed, own]
+    if (own is None or spec.accepts(own)) and not (turned and any(map(spec.accepts, known))):
+        return Choice(packages=("gcc", "g++") if state.manager == "apt" else ("gcc", "gcc-c++"))
+    fitting = [major for major in {*known, *others} if spec.accepts(major)]
     if not fitting:
         return None
-    major = min(fitting, key=lambda each: (each not in installed, abs(each - own)))
-    if state.manager == "apt":
-        packages = () if major in installed else (f"gcc-{major}", f"g++-{major}")
+    major = min(fitting, key=lambda each: (each not in installed, abs(each - (own or 99))))
+    name = installed.get(major) or (
+        str(major) if state.manager == "apt" else _toolset(state, major)
+    )
+    packages: tuple[str, ...] = ()
+    if name.isdigit():
+        if major not in installed:
+            packages = (f"gcc-{major}", f"g++-{major}")
         return Choice(packages, f"/usr/bin/gcc-{major}", f"/usr/bin/g++-{major}")
-    name = installed.get(major) or _toolset(state, major)
+    if major not in installed:
+        packages = (f"{name}-gcc", f"{name}-gcc-c++")
     folder = f"/opt/rh/{name}/root/usr/bin"
-    packages = () if major in installed else (f"{name}-gcc", f"{name}-gcc-c++")
     return Choice(packages, f"{folder}/gcc", f"{folder}/g++", folder)
 
 

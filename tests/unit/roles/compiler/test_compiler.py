@@ -140,6 +140,23 @@ def test_a_compiler_too_young_for_nvcc_is_replaced_and_stays_installed() -> None
     assert wrappers.count("/usr/local/bin/") >= 4
 
 
+def test_a_system_whose_gcc_was_turned_to_an_older_version_gets_its_own_by_wrappers() -> None:
+    old = {name: Tool(f"/usr/bin/{name}", "9.5.0", False) for name in NAMES}
+    state = replace(RIGHT, os="ubuntu 22.04", tools=old, candidates=("9",))
+    choice = choose(CompilerSpec(gcc=10), state)
+    assert choice == Choice(("gcc-11", "g++-11"), "/usr/bin/gcc-11", "/usr/bin/g++-11")
+    there = choose(CompilerSpec(gcc=10), replace(state, candidates=("9", "11")))
+    assert there == Choice((), "/usr/bin/gcc-11", "/usr/bin/g++-11")
+
+
+def test_an_rpm_system_takes_a_versioned_compiler_that_somebody_installed() -> None:
+    old = {name: Tool(f"/usr/bin/{name}", "7.3.0", False) for name in NAMES}
+    state = replace(recorded("el8"), os="kylin V10", tools=old, candidates=("11",))
+    assert choose(CompilerSpec(), state) == Choice((), "/usr/bin/gcc-11", "/usr/bin/g++-11")
+    bare = replace(state, candidates=())
+    assert choose(CompilerSpec(), bare) == Choice(packages=("gcc", "gcc-c++"))
+
+
 def test_lockstep_takes_its_wrapper_away_when_the_systems_own_will_do() -> None:
     state = with_tool(RIGHT, "c++", Tool("/usr/local/bin/c++", "11.3.0", True))
     assert ids(state, gcc=11) == []
