@@ -29,7 +29,7 @@ from deploy.lab.files import (
 )
 from deploy.lab.progress import Progress
 
-RECIPE = 2
+RECIPE = 3
 """Counts changes of this module that change the packages."""
 
 NAMES = {
@@ -44,6 +44,7 @@ NAMES = {
     "libpam-modules": "pam",
     "libstdc++6": "libstdc++",
     "linux-libc-dev": "kernel-headers",
+    "netbase": "setup",
     "netcat-openbsd": "nmap-ncat",
     "nfs-common": "nfs-utils",
     "openssh-client": "openssh-clients",

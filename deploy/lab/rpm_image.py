@@ -17,8 +17,9 @@ from deploy.lab.rpm import DEFINES, packed, rpm_name, stanzas, version_release
 RECIPE = 1
 """Counts changes of this module that change the image."""
 
-PACKAGES = ("rpm", "dnf", "dnf-plugins-core", "createrepo-c", "file")
-"""Beyond those of a Debian node. rpmbuild and createrepo_c make the nodes' repository."""
+PACKAGES = ("rpm", "dnf", "dnf-plugins-core", "createrepo-c", "file", "netbase")
+"""Beyond those of a Debian node. rpmbuild and createrepo_c make the nodes' repository; netbase has
+/etc/protocols, which every RHEL has."""
 
 ENABLED = ("systemd-networkd.service", "sshd.service")
 
@@ -27,6 +28,7 @@ GONE = (
     *("usr/bin/update-alternatives", "usr/sbin/update-rc.d", "usr/sbin/invoke-rc.d"),
     *("usr/sbin/adduser", "usr/sbin/addgroup", "usr/sbin/deluser", "usr/sbin/delgroup"),
     *("etc/apt", "etc/dpkg", "etc/debian_version", "etc/debconf.conf", "etc/bash.bashrc"),
+    *(f"usr/lib/python3/dist-packages/dnf-plugins/{name}.py" for name in ("show_leaves", "local")),
     *("etc/issue", "etc/issue.net", "etc/sudoers.d/README", "etc/dnf/dnf-strict.conf"),
     *("usr/lib/apt", "usr/lib/dpkg", "usr/share/dpkg", "usr/share/debconf", "root/.profile"),
     *("var/lib/apt", "var/lib/dpkg", "var/cache/apt", "var/cache/debconf"),
@@ -89,9 +91,13 @@ FILES = {
 }
 
 
+PLUGINS = {"python3-dnf-plugin-versionlock": "dnf-plugins-core"}
+"""RHEL's package → Debian's, which has it inside."""
+
+
 def content() -> list[object]:
     """All of this module that decides the image."""
-    return [RECIPE, list(PACKAGES), list(ENABLED), list(GONE), FILES]
+    return [RECIPE, list(PACKAGES), list(ENABLED), list(GONE), FILES, PLUGINS]
 
 
 def turn(root: Path, status: Path, log: Path) -> None:
@@ -146,6 +152,9 @@ def base_spec(status: str) -> str:
         name = rpm_name(fields["Package"])
         if name and fields.get("Status", "").endswith(" installed"):
             versions.setdefault(name, version_release(fields["Version"]))
+    for name, holder in PLUGINS.items():
+        if holder in versions:
+            versions[name] = versions[holder]
     text = "Name: base\nVersion: 1\nRelease: 1\nSummary: base\nLicense: various\nAutoReqProv: no\n"
     text += "%description\nbase\n"
     for name, (version, release) in sorted(versions.items()):

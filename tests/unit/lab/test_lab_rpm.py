@@ -161,6 +161,7 @@ def test_headers_are_those_of_a_kernel_with_rhel_s_release(tmp_path: Path) -> No
             f"{source}/include/generated/utsrelease.h": '#define UTS_RELEASE "6.1.0-50-amd64"\n',
         },
     )
+    (root / source / "scripts").symlink_to("../../lib/linux-kbuild-6.1/scripts")
     (root / "lib/modules/6.1.0-50-amd64").mkdir(parents=True)
     (root / "lib/modules/6.1.0-50-amd64/build").symlink_to(f"/{source}")
     rpm.arrange(root, "linux-headers-6.1.0-50-amd64")
@@ -170,6 +171,8 @@ def test_headers_are_those_of_a_kernel_with_rhel_s_release(tmp_path: Path) -> No
     assert [path.name for path in (root / "usr/lib/modules").iterdir()] == [kernel]
     release = root / "usr/src/kernels" / kernel / "include/config/kernel.release"
     assert release.read_text() == f"{kernel}\n"
+    scripts = root / "usr/src/kernels" / kernel / "scripts"
+    assert str(scripts.readlink()) == "../../../lib/linux-kbuild-6.1/scripts"
 
 
 def control(package: str, depends: str = "") -> str:
@@ -247,6 +250,7 @@ def test_the_image_s_own_packages_are_entered_under_rhel_s_names() -> None:
     text = rpm_image.base_spec(
         "Package: bash\nStatus: install ok installed\nVersion: 5.2.15-2\n\n"
         "Package: procps\nStatus: install ok installed\nVersion: 2:4.0.2-3\n\n"
+        "Package: dnf-plugins-core\nStatus: install ok installed\nVersion: 4.3.1-1\n\n"
         "Package: gone\nStatus: deinstall ok config-files\nVersion: 1\n\n"
         "Package: apt\nStatus: install ok installed\nVersion: 2.6\n"
     )
@@ -254,6 +258,7 @@ def test_the_image_s_own_packages_are_entered_under_rhel_s_names() -> None:
     assert (
         "%package -n bash\nVersion: 5.2.15\nRelease: 2\nSummary: bash\nProvides: /bin/sh\n" in text
     )
+    assert "%package -n python3-dnf-plugin-versionlock\nVersion: 4.3.1\n" in text
     assert "gone" not in text
     assert "-n apt" not in text
 
