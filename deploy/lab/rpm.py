@@ -453,8 +453,8 @@ def jobs(debs: Sequence[Path], image: Path) -> list[Job]:
 def convert(missing: Sequence[Job], image: Path, work: Path, log: Path) -> None:
     """Make RPMs of those .deb files and put them into the cache. Raises LabError."""
     lab = work / "lab"
-    for name in ("specs", "trees", "rpms"):
-        make_directory(lab / name)
+    for name in ("specs", "trees", "rpms", "BUILD", "BUILDROOT", "SRPMS"):
+        make_directory(lab / name)  # two rpmbuilds that both make one of their own would collide
     for job in missing:
         tree = make_directory(lab / "trees" / job.made.name)
         run(["dpkg-deb", "--extract", str(job.deb), str(tree)])
