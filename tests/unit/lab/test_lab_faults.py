@@ -14,8 +14,10 @@ from deploy.lab import cli, faults, lab
 from deploy.lab import node as nodes
 from deploy.lab.errors import LabError
 from deploy.lab.processes import Process
-from deploy.lab.state import ROOT, Paths, Record
+from deploy.lab.state import ROOT, SYSTEMS, Paths, Record
 from roles import registry
+from tests.lab.cycle import cases, plan, rest, sample
+from tests.lab.site import nodes_of
 
 EITHER = {"id": "pdsh-owner", "break": "true"}
 
@@ -162,3 +164,32 @@ def test_the_nodes_own_system_decides_which_script_breaks_it(two_nodes: Paths) -
 def test_a_fault_of_all_nodes_is_injected_on_each(two_nodes: Paths) -> None:
     assert faults.inject(two_nodes, "node2", "pdsh/all") == ["node1", "node2"]
     assert all((two_nodes.state / f"broken-{number}").exists() for number in (1, 2))
+
+
+def test_the_loop_tries_every_fault_once_on_each_family_that_has_a_node_for_it() -> None:
+    every = cases(nodes_of("mixed"))
+    tried = [case for row in [*plan(sample(every)), *plan(rest(every))] for case in row]
+    assert len(tried) == len(every) == len({(case.name, case.os) for case in every})
+    for name, fault in faults.read().items():
+        if fault.node == "any":
+            assert {case.os for case in every if case.name == name} == set(fault.os)
+
+
+def test_what_the_head_of_mixed_nodes_cannot_show_nodes_of_one_family_do() -> None:
+    tried = {(case.name, case.os) for os in SYSTEMS for case in cases(nodes_of(os))}
+    assert tried == {(name, os) for name, fault in faults.read().items() for os in fault.os}
+
+
+def test_what_is_tried_together_lies_on_two_nodes_and_is_of_two_roles() -> None:
+    for row in plan(cases(nodes_of("mixed"))):
+        assert len(row) == len({case.node for case in row}) == len({case.role for case in row})
+        assert len(row) == 1 or "all" not in {case.fault.node for case in row}
+        assert {case.role for case in row} not in ({"hosts", "ssh"}, {"ssh", "network"})
+
+
+def test_the_sample_has_each_role_on_each_family_where_it_has_a_fault() -> None:
+    every = cases(nodes_of("mixed"))
+    chosen = [(case.role, case.os) for case in sample(every)]
+    assert len(chosen) == len(set(chosen)) and set(chosen) == {
+        (case.role, case.os) for case in every
+    }
