@@ -125,6 +125,8 @@ def _handler(
         except PermissionError as error:
             print(f"lab: {error.filename} cannot be read: run this with sudo", file=sys.stderr)
             return 2
+        except BrokenPipeError:
+            return 141
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
             print(f"lab: {where}{error.strerror or error}", file=sys.stderr)
