@@ -1,4 +1,4 @@
-"""Mends an interrupted dpkg and installs what is missing, from the declared source only."""
+"""Mends an interrupted installation and installs what is missing, from the declared sources only."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from roles.core.role import Finding, Peers, Target
 from roles.core.steps import Shell, Step, quote, write_file
-from roles.packages.drift import missing, source_text
+from roles.packages.drift import offered, unfenced
 from roles.packages.managers import (
-    APT_SOURCE,
+    CUT,
     INSTALL_SECONDS,
+    KEYS,
     PATIENCE,
+    SOURCES,
     TRIAL,
     Manager,
     apt,
@@ -20,8 +22,10 @@ from roles.packages.managers import (
     full_names,
     removing_only,
 )
-from roles.packages.probe import POLICY, POLICY_MARK, PackagesState
+from roles.packages.probe import INSTALLED_BESIDE, POLICY, POLICY_MARK, PackagesState
+from roles.packages.sources import key_texts, source_text
 from roles.packages.spec import PackagesSpec
+from roles.packages.unattended import APT_FENCE, APT_TEXT, fencing
 
 # The policy file lets no new service start by itself, and goes when this shell ends; a restart of
 # what runs already is allowed. A policy that somebody else made stays in force.
@@ -67,7 +71,8 @@ def installing(
         return Shell("\n".join([PATIENCE + _APT_PREAMBLE.rstrip(), *lines]), INSTALL_SECONDS)
     options = ["--disableplugin=versionlock"] if past_locks else []
     lines = _with_dnf(spec, options, [*names, *exact], exact, reinstall, instead_of)
-    return Shell("\n".join([PATIENCE + TRIAL.rstrip(), *lines]), INSTALL_SECONDS)
+    mark = f"mkdir -p /var/lib/lockstep; : > {CUT}; trap 'rm -f {CUT}' EXIT"
+    return Shell("\n".join([PATIENCE + TRIAL.rstrip(), mark, *lines]), INSTALL_SECONDS)
 
 
 def _with_apt(
@@ -129,27 +134,73 @@ def mending(spec: PackagesSpec, unpacked_badly: Sequence[str]) -> Shell:
     return Shell(PATIENCE + _APT_PREAMBLE + "\n".join(lines), INSTALL_SECONDS)
 
 
+# Of two versions of one package the higher stays: a cut upgrade was for it. rpm -V names files that are missing or altered; configuration (c), documents (d) and ghosts (g) may be.
+_MEND_RPM = rf"""
+database=$(rpm --eval '%_dbpath')
+if ! timeout 10 rpm -q rpm >/dev/null 2>&1; then
+  test -e "$database.before-lockstep" || cp -a "$database" "$database.before-lockstep"
+  rm -f "$database"/__db.*
+  timeout 10 rpm -q rpm >/dev/null 2>&1 || rpm --rebuilddb
+fi
+rm -f /var/lib/yum/transaction-all.* /var/lib/yum/transaction-done.*
+twice=$(rpm -qa --qf '%{{NAME}}.%{{ARCH}} %{{EPOCHNUM}}:%{{VERSION}}-%{{RELEASE}} %{{NAME}}-%{{VERSION}}-%{{RELEASE}}.%{{ARCH}} %{{NAME}}
+' |
+  sort -k 1,1 -k 2,2V | awk '/^({"|".join(INSTALLED_BESIDE)})/ {{ next }} $1 == last {{ print old, name }} {{ last = $1; old = $3; name = $4 }}')
+printf '%s
+' "$twice" | while read -r old name; do test -z "$old" || rpm -e --nodeps --noscripts "$old"; done
+bad=
+for name in $wanted $(printf '%s
+' "$twice" | awk '{{ print $2 }}' | sort -u); do
+  rpm -q "$name" >/dev/null || continue
+  lost=$(rpm -V --nodeps --noscripts --nomtime --nomode --nouser --nogroup --nocaps "$name" |
+    awk '$2 !~ /^[cdg]$/' || true)
+  test -z "$lost" || bad="$bad $name"
+done
+""".strip()
+
+
+def mending_rpm(spec: PackagesSpec) -> Shell:
+    """The step that goes on where rpm, dnf or yum was interrupted."""
+    wanted = quote(" ".join(spec.names("rpm")))
+    again = dnf(spec, "reinstall")
+    lines = [f"wanted={wanted}", _MEND_RPM, f'test -z "$bad" || {again} $bad', f"rm -f {CUT}"]
+    return Shell(PATIENCE + "\n".join(lines), INSTALL_SECONDS)
+
+
+def _sources(target: Target[PackagesSpec], state: PackagesState, ids: set[str]) -> Iterator[Step]:
+    """Keys before the file that names them."""
+    if "package-source-key" in ids:
+        keys = key_texts(target.spec, state.manager, target.cluster)
+        folder = KEYS[state.manager]
+        lines = [write_file(f"{folder}/{name}", text, backup=False) for name, text in keys.items()]
+        lines += [f"rm -f {quote(f'{folder}/{name}')}" for name in state.keys if name not in keys]
+        yield Shell("\n".join([f"mkdir -p -m 0755 {folder}", *lines]))
+    if "package-source" in ids:
+        text, file = source_text(target.spec, state.manager), SOURCES[state.manager]
+        yield Shell(write_file(file, text, backup=False) if text else f"rm -f {file}")
+
+
 def converge(
     target: Target[PackagesSpec],
     state: PackagesState,
     peers: Peers,
     findings: Sequence[Finding],
 ) -> Iterator[Step]:
-    """The source first, then what is half-way, then what is missing."""
+    """The sources first, then what is half-way, then what is missing, then what upgrades by itself."""
     spec = target.spec
     ids = {finding.id for finding in findings}
     if "package-policy" in ids:
         yield Shell(f"rm -f {POLICY}")
-    if "package-source" in ids:
-        if spec.local:
-            yield Shell(write_file(APT_SOURCE, source_text(spec.local), backup=False))
-        else:
-            yield Shell(f"rm -f {APT_SOURCE}")
+    yield from _sources(target, state, ids)
     if "package-interrupted" in ids:
         bad = [name for name, status in state.interrupted.items() if "H" in status or "R" in status]
-        yield mending(spec, bad)
+        yield mending(spec, bad) if state.manager == "apt" else mending_rpm(spec)
     if "package-missing" in ids:
-        names = missing(spec, state)
-        yield installing(
-            spec, state.manager, [n for n in names if state.offered is None or n in state.offered]
+        yield installing(spec, state.manager, offered(spec, state))
+    if "package-unattended" in ids:
+        files = unfenced(state)
+        yield Shell(
+            write_file(APT_FENCE, APT_TEXT, backup=False)
+            if state.manager == "apt"
+            else fencing(files.items())
         )

@@ -1,34 +1,60 @@
-"""How a node's packages differ from the cluster file."""
+"""How a node's packages and their sources differ from the cluster file."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from roles.core.role import Finding, Peers, Target
+from roles.packages.managers import KEYS, SOURCES
 from roles.packages.probe import PackagesState
+from roles.packages.sources import digest, key_texts, source_text
 from roles.packages.spec import PackagesSpec
+from roles.packages.unattended import APT_FENCE, APT_TEXT, lacking
 
-
-def source_text(local: str) -> str:
-    """The source list that names the local repository; it is the user's own, hence trusted."""
-    return f"# Written by Lockstep; changes are lost.\ndeb [trusted=yes] file:{local} ./\n"
+_INDEXING = {
+    "apt": (
+        "no file Packages in it",
+        "run 'dpkg-scanpackages -m . > Packages' in {} (package dpkg-dev)",
+    ),
+    "rpm": ("no repodata/repomd.xml in it", "run 'createrepo_c {}'"),
+}
 
 
 def missing(spec: PackagesSpec, state: PackagesState) -> list[str]:
     """Wanted packages that are not wholly installed, once each, in the order of the file."""
     return [
         name
-        for name in dict.fromkeys(spec.install)
+        for name in spec.names(state.manager)
         if name not in state.versions and name not in state.interrupted
     ]
 
 
+def offered(spec: PackagesSpec, state: PackagesState) -> list[str]:
+    """Those of them that the sources may have: all, unless the local repository is the only one."""
+    alone = state.offered is not None and not spec.sources_of(state.manager)
+    return [n for n in missing(spec, state) if not alone or n in (state.offered or ())]
+
+
+def unfenced(state: PackagesState) -> dict[str, str]:
+    """Tools that upgrade packages by themselves, kernel and driver too: file to its list."""
+    return {
+        file: listed
+        for file, listed in state.unattended.items()
+        if (
+            listed != " ".join(APT_TEXT.split("\n")).strip()
+            if file == APT_FENCE
+            else lacking(listed)
+        )
+    }
+
+
 def drift(target: Target[PackagesSpec], state: PackagesState, peers: Peers) -> list[Finding]:
-    """Findings: interrupted package manager, wrong source list, missing packages or sources."""
-    return list(_findings(target.spec, state))
+    """Findings: interrupted package manager, wrong sources or keys, missing packages, upgrades at will."""
+    return list(_findings(target, state))
 
 
-def _findings(spec: PackagesSpec, state: PackagesState) -> Iterator[Finding]:
+def _findings(target: Target[PackagesSpec], state: PackagesState) -> Iterator[Finding]:
+    spec = target.spec
     if state.policy_left:
         yield Finding(
             "package-policy",
@@ -36,63 +62,86 @@ def _findings(spec: PackagesSpec, state: PackagesState) -> Iterator[Finding]:
             "an ended installation left /usr/sbin/policy-rc.d, which holds them back",
             "that file is removed",
         )
-    if state.interrupted or state.journal:
+    if state.interrupted or state.cut:
         names = [f"{name} ({status})" for name, status in sorted(state.interrupted.items())]
+        dpkg = state.manager == "apt"
         yield Finding(
             "package-interrupted",
             "every package wholly installed",
-            f"dpkg was interrupted: {', '.join(names) or 'its journal is not empty'}",
-            "dpkg --configure -a is run",
+            f"an installation was interrupted: {', '.join([*names, *([state.cut] if state.cut else [])])}",
+            "dpkg --configure -a is run"
+            if dpkg
+            else "rpm's database is rebuilt, second versions go, and what lost files is installed again",
             disturbs=True,  # it may go on with a driver or a library that the job uses
         )
-    absent = missing(spec, state)
-    if state.manager == "rpm":
-        if absent:
-            yield Finding(
-                "package-missing",
-                f"{', '.join(absent)} installed",
-                "not installed",
-                f"run 'dnf install {' '.join(absent)}' on this node (Lockstep installs with apt only)",
-                repairable=False,
-            )
-        return
-    wanted = source_text(spec.local) if spec.local else None
+    wanted = source_text(spec, state.manager)
     if (state.source or "").strip() != (wanted or "").strip() or (wanted is None) != (
         state.source is None
     ):
+        file = SOURCES[state.manager]
         yield Finding(
             "package-source",
-            f"apt's source is {spec.local}" if wanted else "no source list of Lockstep's",
-            "another text" if state.source is not None else "no such source list",
-            "the source list is written" if wanted else "the source list is removed",
+            f"the declared sources in {file}" if wanted else f"no {file}",
+            "another text" if state.source is not None else "no such file",
+            "it is written" if wanted else "it is removed",
         )
+    keys = {
+        name: digest(text) for name, text in key_texts(spec, state.manager, target.cluster).items()
+    }
+    if keys != state.keys:
+        differing = sorted(n for n in {*keys, *state.keys} if keys.get(n) != state.keys.get(n))
+        yield Finding(
+            "package-source-key",
+            f"the declared sources' keys in {KEYS[state.manager]}",
+            ", ".join(
+                f"{name}: {'left over' if name not in keys else 'missing' if name not in state.keys else 'another key'}"
+                for name in differing
+            ),
+            "they are written, and what is left over is removed",
+        )
+    yield from _absent(spec, state)
+    if spec.unattended == "fence" and (open_ones := unfenced(state)):
+        yield Finding(
+            "package-unattended",
+            "kernel, driver, CUDA and NCCL left out of unattended upgrades",
+            f"not left out in {', '.join(open_ones)}",
+            "they are added to its list; 'packages: {unattended: leave}' would leave it",
+        )
+
+
+def _absent(spec: PackagesSpec, state: PackagesState) -> Iterator[Finding]:
+    absent = missing(spec, state)
+    if state.cut and state.manager == "rpm" and not state.versions:
+        return  # the database could not be read; what is missing shows when it is mended
     if not absent:
         return
     if state.repository in ("absent", "unindexed"):
+        lacks, fix = _INDEXING[state.manager]
         yield Finding(
             "package-source-missing",
             f"{spec.local} with the packages and their index, for {', '.join(absent)}",
-            "no such directory" if state.repository == "absent" else "no file Packages in it",
+            "no such directory" if state.repository == "absent" else lacks,
             f"put the local repository at {spec.local} on this node, or take 'local' out of 'packages'"
             if state.repository == "absent"
-            else f"run 'dpkg-scanpackages -m . > Packages' in {spec.local} (package dpkg-dev)",
+            else fix.format(spec.local),
             repairable=False,
         )
         return
-    unknown = [name for name in absent if state.offered is not None and name not in state.offered]
+    offers = offered(spec, state)
+    unknown = [name for name in absent if name not in offers]
     if unknown:
+        suffix = ".deb files" if state.manager == "apt" else "RPMs"
         yield Finding(
             "package-not-offered",
             f"{', '.join(unknown)} in {spec.local}",
             "its index does not list it",
-            f"put the .deb files of {', '.join(unknown)} into {spec.local} and write its index anew",
+            f"put the {suffix} of {', '.join(unknown)} into {spec.local} and write its index anew",
             repairable=False,
         )
-    offered = [name for name in absent if name not in unknown]
-    if offered:
+    if offers:
         yield Finding(
             "package-missing",
-            f"{', '.join(offered)} installed",
+            f"{', '.join(offers)} installed",
             "not installed",
             f"installed from {spec.local or 'the sources of the node'}",
         )

@@ -15,8 +15,18 @@ Manager = Literal["apt", "rpm"]
 
 APT_SOURCE = "/etc/apt/sources.list.d/lockstep-local.list"
 RPM_SOURCE = "/etc/yum.repos.d/lockstep-local.repo"
+SOURCES: dict[Manager, str] = {"apt": APT_SOURCE, "rpm": RPM_SOURCE}
 REPOSITORY = "lockstep-local"
 """The declared local directory, under the name that dnf and yum know it by."""
+
+OWN_REPOSITORIES = "lockstep-*"
+"""That one, and those of the declared sources."""
+
+KEYS: dict[Manager, str] = {"apt": "/etc/apt/keyrings", "rpm": "/etc/pki/rpm-gpg"}
+"""Where the declared sources' keys lie, as lockstep-NAME.asc."""
+
+CUT = "/var/lib/lockstep/installing"
+"""There while dnf or yum installs for Lockstep; a power cut leaves it."""
 
 LOCK_SECONDS = 60
 """How long another process (an unattended upgrade) may hold the locks of apt, dpkg, dnf or rpm."""
@@ -85,14 +95,14 @@ def apt_ready(spec: PackagesSpec) -> list[str]:
 
 def dnf(spec: PackagesSpec, *words: str) -> str:
     """dnf, or yum where there is none, likewise; words: options, action and names."""
-    only = ["--disablerepo=*", f"--enablerepo={REPOSITORY}"] if spec.local else []
+    only = ["--disablerepo=*", f"--enablerepo={OWN_REPOSITORIES}"] if spec.local else []
     argv = ["-y", "--setopt=exit_on_lock=1", *only, *words]
     return f"patiently $dnf {' '.join(map(quote, argv))}"
 
 
 def dnf_trial(spec: PackagesSpec, *words: str) -> str:
     """Shell that prints the names of the packages that dnf or yum would remove or replace."""
-    only = ["--disablerepo=*", f"--enablerepo={REPOSITORY}"] if spec.local else []
+    only = ["--disablerepo=*", f"--enablerepo={OWN_REPOSITORIES}"] if spec.local else []
     argv = ["--assumeno", *only, *words]
     return f"trial {' '.join(map(quote, argv))}"
 

@@ -1,23 +1,34 @@
-"""What a user may ask of the system packages of a node."""
+"""What a user may ask of the system packages of a node, and of the sources that they come from."""
 
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, model_validator
 
-from inventory.base import AbsolutePath, Spec
+from inventory.base import AbsolutePath, Spec, Strict
+from roles.packages.keys import BadKey, armored
+from roles.packages.names import translated
 
-PACKAGE_NAME = re.compile(r"[a-z0-9][a-z0-9+.-]*[a-z0-9+.]")
+if TYPE_CHECKING:
+    from inventory.cluster import Cluster
+    from roles.packages.managers import Manager
+
+PACKAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9+._-]*[A-Za-z0-9+.]")
 REPOSITORY_PATH = re.compile(r"/[A-Za-z0-9._/+@-]*")
+SOURCE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,40}")
+SOURCE_URL = re.compile(r"(https?://|file:/)[A-Za-z0-9._/+~%:$-]+")
+SOURCE_WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/+-]*")
 
 
 def _package(text: str) -> str:
     # apt reads a name with a hyphen at its end as "remove this one", so none may end in it.
     if not PACKAGE_NAME.fullmatch(text):
         raise ValueError(
-            f"{text!r} is no package name: use lower-case letters, digits, '+', '-' and '.', "
+            f"{text!r} is no package name: use letters, digits, '+', '-', '_' and '.', "
             "without a version"
         )
     return text
@@ -31,15 +42,125 @@ def _repository(text: str) -> str:
     return text
 
 
+def _source_name(text: str) -> str:
+    if not SOURCE_NAME.fullmatch(text) or text == "local":
+        raise ValueError(
+            f"{text!r} is no name for a source: use small letters, digits and '-', and not 'local'"
+        )
+    return text
+
+
+def _url(text: str) -> str:
+    if re.search(r"//[^/]*@", text):
+        raise ValueError("the address must not hold a password: put it in the node's own settings")
+    if not SOURCE_URL.fullmatch(text):
+        raise ValueError(
+            f"{text!r} is no address of packages: begin with https://, http:// or file:/"
+        )
+    return text
+
+
+def _word(text: str) -> str:
+    if not SOURCE_WORD.fullmatch(text):
+        raise ValueError(f"{text!r} is no suite or component of a source of apt")
+    return text
+
+
 PackageName = Annotated[str, AfterValidator(_package)]
+SourceWord = Annotated[str, AfterValidator(_word)]
+
+
+class PerFamily(Strict):
+    """One package under the name that each family gives it; a family left out gets none.
+
+    debian: Debian and Ubuntu. rpm: RHEL, Rocky, Alma, CentOS, Fedora, openEuler, Kylin, Anolis.
+    """
+
+    debian: PackageName | None = None
+    rpm: PackageName | None = None
+
+
+class Source(Strict):
+    """A repository that nodes of one family get, with its key.
+
+    os: apt or rpm. url: address of the repository, as the nodes reach it.
+    suites, components: of apt; without suites the repository is flat.
+    key: the public key that signs it: a file on the control machine, or the armored text itself. A
+    repository on the node's own disk (file:) may go without; any other may not.
+    """
+
+    name: Annotated[str, AfterValidator(_source_name)]
+    os: Literal["apt", "rpm"]
+    url: Annotated[str, AfterValidator(_url)]
+    suites: list[SourceWord] = []
+    components: list[SourceWord] = []
+    key: str | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> Source:
+        if self.os == "rpm" and (self.suites or self.components):
+            raise ValueError("suites and components are apt's: take them out, or say os: apt")
+        if self.components and not self.suites:
+            raise ValueError("components need suites, as in 'suites: [bookworm]'")
+        if self.key is None and not self.url.startswith("file:"):
+            raise ValueError("names no key: give the public key that signs it")
+        return self
+
+    def key_text(self, cluster: Cluster) -> str | None:
+        """The armored key; None where there is none. Raises BadKey or OSError."""
+        if self.key is None:
+            return None
+        if self.key.startswith("-----BEGIN"):
+            return armored(self.key.encode())
+        path = Path(self.key).expanduser()
+        return armored((path if path.is_absolute() else cluster.path.parent / path).read_bytes())
 
 
 class PackagesSpec(Spec):
     """Packages that every node has, and where they come from."""
 
-    install: list[PackageName] = Field(default_factory=lambda: ["pdsh", "rsync", "zstd"])
-    """Names, without versions. Nothing that is missing here is ever removed."""
+    install: list[PackageName | PerFamily] = ["pdsh", "rsync", "zstd"]
+    """Names, without versions. One that the other family calls otherwise (python3-dev and
+    python3-devel) is translated where ``names.py`` knows it; else give both, as in
+    ``{debian: libfoo-dev, rpm: foo-devel}``. Nothing that is missing here is ever removed."""
 
     local: Annotated[AbsolutePath, AfterValidator(_repository)] | None = None
-    """A directory on the node that holds .deb files and their ``Packages`` index, for nodes without
-    internet; it then is the only source. None: the sources that the node already has."""
+    """A directory on the node that holds .deb files and their ``Packages`` index, or RPMs and their
+    ``repodata``, for nodes without internet; it and ``sources`` then are the only sources. None: the
+    sources that the node already has, and ``sources``."""
+
+    sources: list[Source] = []
+    """Further repositories: a mirror, NVIDIA's, one on a shared disk."""
+
+    unattended: Literal["fence", "leave"] = "fence"
+    """Where a node upgrades packages by itself, kernel, driver, CUDA and NCCL are kept out of that."""
+
+    def names(self, manager: Manager) -> list[str]:
+        """The packages to install where that manager installs, once each, in the order of the file."""
+        return list(dict.fromkeys(self._names(manager)))
+
+    def _names(self, manager: Manager) -> Iterator[str]:
+        for each in self.install:
+            if isinstance(each, str):
+                yield from translated(manager, each)
+            elif name := each.debian if manager == "apt" else each.rpm:
+                yield name
+
+    def sources_of(self, manager: Manager) -> list[Source]:
+        """The declared sources of that family."""
+        return [source for source in self.sources if source.os == manager]
+
+    def problems(self, cluster: Cluster) -> Iterable[tuple[str, str]]:
+        """Keys that cannot be read, and names that are taken."""
+        for number, source in enumerate(self.sources):
+            if any(
+                (source.name, source.os) == (other.name, other.os)
+                for other in self.sources[:number]
+            ):
+                yield f"sources[{number}].name", f"{source.name!r} names two sources of {source.os}"
+            try:
+                source.key_text(cluster)
+            except (BadKey, OSError) as error:
+                reason = error.strerror if isinstance(error, OSError) else str(error)
+                shown = "the key" if (source.key or "").startswith("-----") else source.key
+                yield f"sources[{number}].key", f"{shown}: {reason}; give a PGP public key"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import subprocess
 from collections.abc import Sequence
@@ -18,17 +19,16 @@ from roles.core.role import Finding, Target, Unreadable
 from roles.core.steps import Shell
 from roles.packages import PackagesSpec, PackagesState, role
 from roles.packages.converge import installing
-from roles.packages.drift import source_text
 from roles.packages.managers import Manager
 from roles.packages.probe import POLICY_MARK, parse, probe
+from roles.packages.sources import source_text
 
 RECORDED = Path(__file__).parent / "recorded"
 LOCAL = "/srv/lockstep/packages"
 NODE = Node(name="node1", address="10.77.0.11")
 VERSIONS = {"pdsh": "2.34-0.2", "rsync": "3.2.7-1", "zstd": "1.5.4"}
-RIGHT = PackagesState(
-    "apt", VERSIONS, source=source_text(LOCAL), repository="present", offered=None
-)
+SOURCE = source_text(PackagesSpec(local=LOCAL), "apt")
+RIGHT = PackagesState("apt", VERSIONS, source=SOURCE, repository="present", offered=None)
 
 
 def target(**declared: Any) -> Target[PackagesSpec]:
@@ -65,7 +65,19 @@ def run_probe(
         (binaries / name).write_text(f"#!/bin/sh\n{text}\n")
         (binaries / name).chmod(0o755)
     script = probe(target(local=str(local) if local else None))
-    for path in ("/etc/apt", "/usr/sbin/policy", "/var/lib/dpkg"):
+    for path in (
+        "/etc/apt",
+        "/usr/sbin/policy",
+        "/var/lib/dpkg",
+        "/var/lib/yum",
+        "/var/lib/lockstep",
+        "/etc/yum",
+        "/etc/dnf",
+        "/usr/bin/dnf-",
+        "/usr/sbin/yum-",
+        "/usr/bin/unattended",
+        "/etc/pki",
+    ):
         script = script.replace(path, f"{tmp_path}{path}")
     script = script.replace("PATH=$PATH:/usr/sbin:/sbin\n", "")
     done = subprocess.run(
@@ -156,7 +168,7 @@ def test_an_interrupted_dpkg_is_finished_before_anything_is_installed_and_waits_
 
 
 def test_a_journal_alone_counts_as_interrupted() -> None:
-    assert ids(replace(RIGHT, journal=True)) == ["package-interrupted"]
+    assert ids(replace(RIGHT, cut="dpkg's journal is not empty")) == ["package-interrupted"]
 
 
 def test_a_policy_file_of_a_killed_installation_is_removed() -> None:
@@ -164,10 +176,51 @@ def test_a_policy_file_of_a_killed_installation_is_removed() -> None:
     assert steps(replace(RIGHT, policy_left=True)) == ["rm -f /usr/sbin/policy-rc.d"]
 
 
-def test_an_rpm_node_is_told_what_to_install() -> None:
-    state = PackagesState("rpm", {"pdsh": "2.34-6.el9"})
-    (finding,) = found(state, local=None)
-    assert not finding.repairable and "dnf install rsync zstd" in finding.fix
+EL9 = PackagesState(
+    "rpm",
+    {"pdsh": "2.34-6.el9", "pdsh-rcmd-ssh": "2.34-6.el9", "rsync": "3.2-1", "zstd": "1.5-1"},
+    source=source_text(PackagesSpec(local=LOCAL), "rpm"),
+    repository="present",
+)
+
+
+def test_an_rpm_node_gets_what_is_missing_from_the_declared_repository_alone() -> None:
+    assert ids(EL9) == [] and steps(EL9) == []
+    (command,) = steps(replace(EL9, versions={"zstd": "1"}, offered=None))
+    assert "install pdsh pdsh-rcmd-ssh rsync\n" in command and "--disablerepo=*" in command
+
+
+def test_the_local_repository_of_an_rpm_node_is_named_to_dnf() -> None:
+    assert EL9.source is not None and f"baseurl=file://{LOCAL}\n" in EL9.source
+    assert ids(replace(EL9, source=None)) == ["package-source"]
+    (command,) = steps(replace(EL9, source=None))
+    assert "/etc/yum.repos.d/lockstep-local.repo" in command
+
+
+def test_an_rpm_repository_without_metadata_is_for_the_user() -> None:
+    (finding,) = found(replace(EL9, versions={}, repository="unindexed"))
+    assert finding.id == "package-source-missing" and f"createrepo_c {LOCAL}" in finding.fix
+
+
+def test_two_versions_of_a_wanted_package_and_a_cut_installation_are_mended_and_wait_for_a_job() -> (
+    None
+):
+    state = parse(
+        "repository\tunindexed\nmanager\trpm\nrepository\tpresent\npackage\trsync\t3.2-1\tx86_64\n"
+        "package\trsync\t3.5-1\tx86_64\npackage\tzstd\t1-1\tx86_64\npackage\tzstd\t1-1\ti686\n"
+        "package\tkernel\t5-1\tx86_64\npackage\tkernel\t5-2\tx86_64\n\nend"
+    )
+    assert dict(state.interrupted) == {"rsync": "3.2-1 and 3.5-1"}
+    for cut in (replace(EL9, interrupted=state.interrupted), replace(EL9, cut="x")):
+        (finding,) = found(cut)
+        assert finding.id == "package-interrupted" and finding.disturbs and finding.repairable
+        (command,) = steps(cut)
+        assert "rpm -e --nodeps" in command and "reinstall $bad" in command
+
+
+def test_while_rpms_database_cannot_be_read_nothing_counts_as_missing() -> None:
+    state = replace(EL9, versions={}, cut="rpm's database does not answer")
+    assert ids(state) == ["package-interrupted"]
 
 
 def installed(
@@ -274,7 +327,7 @@ def test_an_installation_with_dnf_takes_the_declared_source_alone(tmp_path: Path
     done, calls = installed(tmp_path, dnf_that_says(table), "rpm")
     assert done.returncode == 0, done.stderr
     for call in calls[:2]:
-        assert "--disablerepo=* --enablerepo=lockstep-local" in call and "erasing" not in call
+        assert "--disablerepo=* --enablerepo=lockstep-*" in call and "erasing" not in call
     assert "-y --setopt=exit_on_lock=1" in calls[1] and calls[1].endswith(" install chrony")
 
 
@@ -336,12 +389,12 @@ def test_the_probe_tells_held_from_half_installed_and_removed_packages(tmp_path:
     assert dict(state.versions) == {"pdsh": "2.34-0.2"}
     assert dict(state.interrupted) == {"rsync": "iU", "libgenders0": "iHR", "man-db": "it"}
     assert state.repository == "present" and state.offered == frozenset({"zstd"})
-    assert state.source is None and not state.policy_left and not state.journal
+    assert state.source is None and not state.policy_left and not state.cut
 
 
 def test_the_probe_finds_the_source_list_the_journal_and_a_left_policy(tmp_path: Path) -> None:
     for name, text in {
-        "etc/apt/sources.list.d/lockstep-local.list": source_text(LOCAL),
+        "etc/apt/sources.list.d/lockstep-local.list": SOURCE or "",
         "usr/sbin/policy-rc.d": f"#!/bin/sh\n{POLICY_MARK}\n",
         "var/lib/dpkg/updates/0001": "",
     }.items():
@@ -349,14 +402,82 @@ def test_the_probe_finds_the_source_list_the_journal_and_a_left_policy(tmp_path:
         (tmp_path / name).write_text(text)
     fakes = {"dpkg-query": "printf 'ii \\tpdsh\\t2\\nii \\trsync\\t3\\nii \\tzstd\\t1\\n'"}
     state = run_probe(tmp_path, ["awk", "cat"], fakes, tmp_path / "nowhere")
-    assert state.source is not None and state.source.strip() == source_text(LOCAL).strip()
-    assert state.policy_left and state.journal and state.repository == "absent"
+    assert state.source is not None and state.source.strip() == (SOURCE or "").strip()
+    assert state.policy_left and "journal" in state.cut and state.repository == "absent"
+
+
+RPM_TOOLS = ("cat", "sed", "timeout", "gzip", "awk")
 
 
 def test_the_probe_reads_an_rpm_node(tmp_path: Path) -> None:
-    state = run_probe(tmp_path, ["cat"], {"rpm": f"cat {RECORDED / 'rpm-q.txt'}; exit 1"})
-    assert state.manager == "rpm"
+    state = run_probe(tmp_path, RPM_TOOLS, {"rpm": f"cat {RECORDED / 'rpm-q.txt'}; exit 1"})
+    assert state.manager == "rpm" and state.offered is None
     assert dict(state.versions) == {"pdsh": "2.34-6.el9", "zstd": "1.5.5-1.el9"}
+
+
+PRIMARY = """\
+<metadata packages="2">
+<package type="rpm">
+  <name>rsync</name>
+  <format>
+    <rpm:provides>
+      <rpm:entry name="rsync" flags="EQ" epoch="0" ver="3" rel="1"/>
+      <rpm:entry name="rsync-daemon"/>
+    </rpm:provides>
+    <rpm:requires>
+      <rpm:entry name="zstd"/>
+    </rpm:requires>
+  </format>
+</package>
+</metadata>
+"""
+
+
+def test_the_probe_knows_what_an_rpm_repository_offers_by_name_or_by_another_name(
+    tmp_path: Path,
+) -> None:
+    local = tmp_path / "local"
+    (local / "repodata").mkdir(parents=True)
+    (local / "repodata/ab-primary.xml.gz").write_bytes(gzip.compress(PRIMARY.encode()))
+    (local / "repodata/repomd.xml").write_text(
+        '<repomd>\n  <data type="primary">\n    <location href="repodata/ab-primary.xml.gz"/>\n  </data>\n</repomd>\n'
+    )
+    nothing = 'shift 3; case $1 in --*) exit 1;; esac; for n; do echo "package $n is not installed"; done; exit 1'
+    state = run_probe(tmp_path, RPM_TOOLS, {"rpm": nothing}, local)
+    assert state.repository == "present" and state.offered == frozenset({"rsync"})
+
+
+def test_the_probe_takes_what_provides_a_name_for_it(tmp_path: Path) -> None:
+    says = (
+        "case $* in *--whatprovides*rsync) printf '3.2-1\\tx86_64\\n3.2-1\\ti686\\n';; *--whatprovides*) exit 1;; "
+        "*) echo 'package rsync is not installed'; printf 'package\\tzstd\\t1-1\\tx86_64\\n'; exit 1;; esac"
+    )
+    state = run_probe(tmp_path, RPM_TOOLS, {"rpm": says})
+    assert dict(state.versions) == {"rsync": "3.2-1", "zstd": "1-1"} and not state.interrupted
+
+
+@pytest.mark.parametrize(
+    ("says", "seen"),
+    [
+        ("sleep 9", "does not answer"),
+        ("echo 'error: db5 error(-30973) from dbenv->open: DB_RUNRECOVERY: x'; exit 1", "damaged"),
+        ("echo 'error: sqlite failure: x: database disk image is malformed'; exit 1", "damaged"),
+    ],
+)
+def test_a_database_that_a_kill_left_broken_is_a_cut_installation(
+    tmp_path: Path, says: str, seen: str
+) -> None:
+    state = run_probe(tmp_path, [*RPM_TOOLS, "sleep"], {"rpm": says})
+    assert seen in state.cut
+    assert ids(replace(EL9, cut=state.cut, versions={})) == ["package-interrupted"]
+
+
+def test_a_mark_of_ours_and_what_yum_left_tell_that_an_installation_was_cut(tmp_path: Path) -> None:
+    for name in ("var/lib/lockstep/installing", "var/lib/yum/transaction-all.2026-11-21"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("")
+    state = run_probe(tmp_path, RPM_TOOLS, {"rpm": f"cat {RECORDED / 'rpm-q.txt'}; exit 1"})
+    assert "an installation was cut" in state.cut and "yum left" in state.cut
 
 
 def test_an_rpm_node_that_speaks_another_language_is_read(
@@ -364,8 +485,8 @@ def test_an_rpm_node_that_speaks_another_language_is_read(
 ) -> None:
     monkeypatch.delenv("LC_ALL", raising=False)
     monkeypatch.setenv("LANG", "zh_CN.UTF-8")
-    says = 'test "$LC_ALL" = C && echo "package pdsh is not installed" || echo 未安装软件包 pdsh'
-    assert run_probe(tmp_path, [], {"rpm": says}).versions == {}
+    says = 'test "$LC_ALL" = C && echo "package pdsh is not installed" || echo 未安装软件包 pdsh; exit 1'
+    assert run_probe(tmp_path, RPM_TOOLS, {"rpm": says}).versions == {}
 
 
 def test_the_probe_fails_when_the_database_cannot_be_read(tmp_path: Path) -> None:
@@ -387,7 +508,7 @@ def test_a_broken_rpm_database_is_unreadable_and_not_taken_for_missing_packages(
         parse("manager\trpm\nerror: cannot open Packages database in /var/lib/rpm\nend")
 
 
-@pytest.mark.parametrize("name", ["Pdsh", "pdsh=2.34", "-o", "pdsh-", "a b", "$(id)", "x", ""])
+@pytest.mark.parametrize("name", ["pdsh=2.34", "-o", "pdsh-", "a b", "$(id)", "x", ""])
 def test_what_is_no_package_name_is_refused(name: str) -> None:
     with pytest.raises(ValidationError):
         PackagesSpec(install=[name])
