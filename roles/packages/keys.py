@@ -7,7 +7,7 @@ import re
 import textwrap
 
 HEAD, TAIL = "-----BEGIN PGP PUBLIC KEY BLOCK-----", "-----END PGP PUBLIC KEY BLOCK-----"
-_BLOCK = re.compile(f"{HEAD}\r?\n.*?{TAIL}", re.DOTALL)
+_BLOCK = re.compile(f"{HEAD}\n.*?{TAIL}", re.DOTALL)
 
 
 class BadKey(ValueError):
@@ -21,10 +21,10 @@ def armored(data: bytes) -> str:
     """
     if b"PRIVATE KEY BLOCK" in data:
         raise BadKey("this is a secret key, which must not leave its owner")
-    if data.lstrip().startswith(b"-----"):
+    if HEAD.encode() in data:
         match = _BLOCK.search(data.decode("ascii", "replace").replace("\r\n", "\n"))
         if not match:
-            raise BadKey("no PGP public key block is in it")
+            raise BadKey("its PGP public key block has no end")
         return f"{match[0]}\n"
     # The first byte of a packet: bit 7, then the old form with the tag in bits 2-5, or the new with 0-5.
     first = data[0] if data else 0

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from roles.core.role import Finding, Peers, Target
 from roles.core.steps import Shell, Step, quote, write_file
 from roles.packages.converge import installing
+from roles.packages.managers import Manager
+from roles.packages.names import translated
 from roles.pdsh.drift import default_file, insecure, packages_for_repair
 from roles.pdsh.probe import PdshState
 from roles.pdsh.spec import PdshSpec
@@ -28,6 +30,5 @@ def converge(
         yield Shell("\n".join(lines))
     packages = packages_for_repair(target)
     if "pdsh-modules" in ids and packages is not None:
-        yield installing(
-            packages, "apt" if state.dialect == "deb" else "rpm", ["pdsh"], reinstall=True
-        )
+        manager: Manager = "apt" if state.dialect == "deb" else "rpm"
+        yield installing(packages, manager, translated(manager, "pdsh"), reinstall=True)

@@ -530,4 +530,6 @@ def test_every_finding_has_its_entry_in_the_symptoms() -> None:
         "package-source-missing",
         "package-not-offered",
         "package-policy",
+        "package-source-key",
+        "package-unattended",
     } == entries
