@@ -29,7 +29,7 @@ from deploy.lab.files import (
 )
 from deploy.lab.progress import Progress
 
-RECIPE = 3
+RECIPE = 4
 """Counts changes of this module that change the packages."""
 
 NAMES = {
@@ -350,34 +350,34 @@ def spec(fields: Mapping[str, str], needs: Sequence[str], tree: Path) -> str:
 
 def scriptlets(kind: Kind, paths: Sequence[str]) -> list[str]:
     """What RHEL's packages do when they come and go: users, the loader's cache, units by preset."""
-    lines: list[str] = []
-    if kind.users:
-        lines.append("%pre")
-        lines += [
-            f"getent passwd {user} >/dev/null || useradd -r -M -d {home} -s /sbin/nologin {user}"
-            for user, home in kind.users.items()
-        ]
-    units = [
-        path.rpartition("/")[2]
-        for path in paths
-        if re.fullmatch(r"/usr/lib/systemd/system/[^/@]+\.(service|socket|timer)", path)
+
+    def names(folder: str, kinds: str) -> str:
+        found = (re.fullmatch(rf"/usr/lib/{folder}/([^/@]+\.({kinds}))", path) for path in paths)
+        return " ".join(match[1] for match in found if match)
+
+    pre = [
+        f"getent passwd {user} >/dev/null || useradd -r -M -d {home} -s /sbin/nologin {user}"
+        for user, home in kind.users.items()
     ]
-    libraries = any(
-        re.fullmatch(r"/usr/lib(64|/[^/]+)?/lib[^/]+\.so\.[^/]+", path) for path in paths
-    )
-    if units or libraries:
-        lines.append("%post")
-    if libraries:
-        lines.append("ldconfig")
-    if units:
-        names = " ".join(units)
-        lines += ["systemctl daemon-reload || :"]
-        lines += [f"if [ $1 -eq 1 ]; then systemctl --no-reload preset {names} || :; fi"]
-        lines += ["%preun", f"if [ $1 -eq 0 ]; then systemctl disable --now {names} || :; fi"]
-        lines += ["%postun", "systemctl daemon-reload || :"]
-    if libraries:
-        lines += ["ldconfig"] if units else ["%postun", "ldconfig"]
-    return lines
+    post, preun, postun = [], [], []
+    if any(re.fullmatch(r"/usr/lib(64|/[^/]+)?/lib[^/]+\.so\.[^/]+", path) for path in paths):
+        post.append("ldconfig")
+        postun.append("ldconfig")
+    for folder, act in (
+        ("sysusers.d", "systemd-sysusers"),
+        ("tmpfiles.d", "systemd-tmpfiles --create"),
+    ):
+        if found := names(folder, "conf"):
+            post.append(f"{act} {found} || :")
+    if any(path.startswith("/usr/share/dbus-1/system.d/") for path in paths):
+        post.append("systemctl reload dbus.service || :")
+    if units := names("systemd/system", "service|socket|timer"):
+        post.append("systemctl daemon-reload || :")
+        post.append(f"if [ $1 -eq 1 ]; then systemctl --no-reload preset {units} || :; fi")
+        preun.append(f"if [ $1 -eq 0 ]; then systemctl disable --now {units} || :; fi")
+        postun.append("systemctl daemon-reload || :")
+    parts = {"%pre": pre, "%post": post, "%preun": preun, "%postun": postun}
+    return [line for part, lines in parts.items() if lines for line in (part, *lines)]
 
 
 def cache_name() -> str:

@@ -142,6 +142,15 @@ def test_nccl_lies_in_lib64_and_refreshes_the_loader_s_cache(tmp_path: Path) -> 
     assert lines[lines.index("%postun") + 1] == "ldconfig"
 
 
+def test_users_that_a_package_declares_are_there_before_the_bus_learns_of_its_service() -> None:
+    paths = ["/usr/lib/sysusers.d/polkitd.conf", "/usr/share/dbus-1/system.d/x.conf"]
+    assert rpm.scriptlets(rpm.Kind(), paths) == [
+        "%post",
+        "systemd-sysusers polkitd.conf || :",
+        "systemctl reload dbus.service || :",
+    ]
+
+
 def test_pdsh_s_ssh_module_is_a_package_of_its_own(tmp_path: Path) -> None:
     root = tree(tmp_path, {"usr/bin/pdsh": "", "usr/lib/x86_64-linux-gnu/pdsh/sshcmd.so": ""})
     fields = {"Package": "pdsh", "Version": "2.34-0.2", "Architecture": "amd64"}
