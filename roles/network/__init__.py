@@ -18,6 +18,7 @@ role: Role[NetworkSpec, NetworkState] = Role(
     drift=drift,
     converge=converge,
     facts=(
+        Fact("interface", "any", lambda state: state.interface),
         Fact("MTU", "equal", lambda state: None if state.mtu is None else str(state.mtu)),
         Fact("other settings in nccl.conf", "equal", other_settings),
     ),

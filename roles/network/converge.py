@@ -129,37 +129,54 @@ def enable(path: str, text: str) -> str:
 
 
 def _firewall(target: Target[NetworkSpec], state: NetworkState, name: str) -> tuple[str, str]:
-    """Shell that lets the peers in, and shell that takes that back."""
-    assert state.firewall is not None
+    """Shell that lets exactly the peers in, and shell that brings back what was there before."""
+    wall = state.firewall
+    assert wall is not None
     addresses = [node.address for node in target.others]
-    match state.firewall.kind:
+    before = sorted(wall.allowed)
+    match wall.kind:
         case "firewalld":
-            return _firewalld(addresses)
+            return _firewalld(addresses), _firewalld(before) if before else _no_firewalld()
         case "ufw":
-            missing = [each for each in addresses if each not in state.firewall.allowed]
-            left = sorted(state.firewall.allowed - set(addresses))
-            add = [f"ufw allow from {each} comment {COMMENT}" for each in missing]
-            drop = [f"ufw delete allow from {each}" for each in missing]
-            return "\n".join(
-                [*add, *(f"ufw delete allow from {each}" for each in left)]
-            ), "\n".join(drop)
+            return _ufw(before, addresses), _ufw(addresses, before)
         case _:
-            unit = FIREWALL_UNIT.rpartition("/")[2]
-            script = write_file(FIREWALL_SCRIPT, nft_script(rules(name, addresses)), "0755", False)
-            return (
-                f"{script}\n{enable(FIREWALL_UNIT, firewall_unit())}\n{FIREWALL_SCRIPT}",
-                f"systemctl disable -q {unit}; rm -f {FIREWALL_UNIT}\n{FIREWALL_SCRIPT} undo",
+            return _nftables(rules(name, addresses)), (
+                _nftables(wall.boot) if wall.boot else _no_nftables()
             )
 
 
-def _firewalld(addresses: Sequence[str]) -> tuple[str, str]:
-    lines, undo = [], []
-    for set_name, family, members in (
-        (COMMENT, "inet", [each for each in addresses if ":" not in each]),
-        (f"{COMMENT}6", "inet6", [each for each in addresses if ":" in each]),
-    ):
-        path = f"/etc/firewalld/ipsets/{set_name}.xml"
-        if not members and set_name != COMMENT:
+def _nftables(lines: Sequence[str]) -> str:
+    script = write_file(FIREWALL_SCRIPT, nft_script(lines), "0755", False)
+    return f"{script}\n{enable(FIREWALL_UNIT, firewall_unit())}\n{FIREWALL_SCRIPT}"
+
+
+def _no_nftables() -> str:
+    unit = FIREWALL_UNIT.rpartition("/")[2]
+    return f"systemctl disable -q {unit}; rm -f {FIREWALL_UNIT}\n{FIREWALL_SCRIPT} undo\nrm -f {FIREWALL_SCRIPT}"
+
+
+def _ufw(before: Sequence[str], addresses: Sequence[str]) -> str:
+    return "\n".join(
+        [
+            *(
+                f"ufw allow from {each} comment {COMMENT}"
+                for each in addresses
+                if each not in before
+            ),
+            *(f"ufw delete allow from {each}" for each in before if each not in addresses),
+        ]
+    )
+
+
+FIREWALLD_SETS = ((COMMENT, "inet"), (f"{COMMENT}6", "inet6"))
+"""The sets of addresses that firewalld trusts: name and family."""
+
+
+def _firewalld(addresses: Sequence[str]) -> str:
+    lines = []
+    for name, family in FIREWALLD_SETS:
+        members = [each for each in addresses if (":" in each) == (family == "inet6")]
+        if not members and name != COMMENT:
             continue
         text = (
             '<?xml version="1.0" encoding="utf-8"?>\n<ipset type="hash:ip">\n'
@@ -167,20 +184,27 @@ def _firewalld(addresses: Sequence[str]) -> tuple[str, str]:
             + "".join(f"  <entry>{each}</entry>\n" for each in members)
             + "</ipset>\n"
         )
-        source = f"ipset:{set_name}"
+        source = f"ipset:{name}"
         asked = f"firewall-cmd -q --permanent --zone=trusted --query-source={source}"
         # A source is known to firewalld only once its set is loaded.
         lines += [
-            write_file(path, text, backup=False),
+            write_file(f"/etc/firewalld/ipsets/{name}.xml", text, backup=False),
             "firewall-cmd -q --reload",
             f"{asked} || firewall-cmd -q --permanent --zone=trusted --add-source={source}",
         ]
-        undo += [
-            f"firewall-cmd -q --permanent --zone=trusted --remove-source={source}",
-            f"rm -f {path}",
+    return "\n".join([*lines, "firewall-cmd -q --reload"])
+
+
+def _no_firewalld() -> str:
+    return "\n".join(
+        [
+            *(
+                f"firewall-cmd -q --permanent --zone=trusted --remove-source=ipset:{name}\n"
+                f"rm -f /etc/firewalld/ipsets/{name}.xml"
+                for name, _ in FIREWALLD_SETS
+            ),
+            "firewall-cmd -q --reload",
         ]
-    return "\n".join([*lines, "firewall-cmd -q --reload"]), "\n".join(
-        [*undo, "firewall-cmd -q --reload"]
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from roles.core.role import Finding, Peers, Target
 from roles.network.interfaces import exactly
 from roles.network.names import OF_ONE_NODE, meant
-from roles.network.probe import COMMENT, NCCL_CONF, Chain, NetworkState, Setting
+from roles.network.probe import COMMENT, NCCL_CONF, Chain, Firewall, NetworkState, Setting
 from roles.network.spec import NetworkSpec
 
 KEY = "NCCL_SOCKET_IFNAME"
@@ -237,14 +237,9 @@ def _firewall(target: Target[NetworkSpec], state: NetworkState) -> Iterator[Find
     addresses = [node.address for node in target.others]
     if wall.kind == "nftables":
         wanted = sorted(rules(name, addresses))
-        shut = [
-            f"{chain.family} {chain.table} {chain.name}"
-            for chain in wall.chains
-            if closed(chain)
-            and (sorted(own_rules(chain)) != wanted or sorted(chain.rules[: len(wanted)]) != wanted)
-        ]
-        if shut:
-            yield _wall(f"chain {', '.join(shut)} of nftables does not let them in first")
+        said = list(_nftables(wall, wanted))
+        if said:
+            yield _wall("; ".join(said))
     elif wall.allowed != frozenset(addresses):
         missing = [address for address in addresses if address not in wall.allowed]
         left = sorted(wall.allowed - set(addresses))
@@ -253,6 +248,31 @@ def _firewall(target: Target[NetworkSpec], state: NetworkState) -> Iterator[Find
             *([f"{wall.kind} still lets in {', '.join(left)}"] if left else []),
         ]
         yield _wall("; ".join(said))
+
+
+def _nftables(wall: Firewall, wanted: list[str]) -> Iterator[str]:
+    """What is wrong with the rules in force and with those of the next boot. wanted: sorted."""
+    guarded = [chain for chain in wall.chains if closed(chain)]
+    shut = [
+        chain
+        for chain in guarded
+        if sorted(own_rules(chain)) != wanted or sorted(chain.rules[: len(wanted)]) != wanted
+    ]
+    if shut:
+        yield f"chain {_names(shut)} of nftables does not let them in first"
+    old = [
+        chain
+        for chain in wall.chains
+        if chain not in guarded and own_rules(chain) and sorted(own_rules(chain)) != wanted
+    ]
+    if old:
+        yield f"older rules of Lockstep in chain {_names(old)} of nftables"
+    if (guarded or wall.boot) and sorted(wall.boot) != wanted:
+        yield "other rules from the next boot on" if wall.boot else "no rules from the next boot on"
+
+
+def _names(chains: Sequence[Chain]) -> str:
+    return ", ".join(f"{chain.family} {chain.table} {chain.name}" for chain in chains)
 
 
 def _wall(seen: str) -> Finding:

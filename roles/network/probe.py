@@ -14,6 +14,7 @@ from roles.network.spec import NetworkSpec
 NCCL_CONF = "/etc/nccl.conf"
 MTU_UNIT = "/etc/systemd/system/lockstep-mtu.service"
 FIREWALL_UNIT = "/etc/systemd/system/lockstep-firewall.service"
+FIREWALL_WANTED = "/etc/systemd/system/multi-user.target.wants/lockstep-firewall.service"
 FIREWALL_SCRIPT = "/usr/local/sbin/lockstep-firewall"
 COMMENT = "lockstep"
 """By this the rules of a firewall that are Lockstep's own are known."""
@@ -62,12 +63,13 @@ class Chain:
 class Firewall:
     """kind: what guards the node. allowed: addresses that Lockstep's rules let in (not for nftables).
 
-    chains: those of nftables.
+    chains: those of nftables. boot: the rules that Lockstep's own program puts in at each boot.
     """
 
     kind: str
     allowed: frozenset[str] = frozenset()
     chains: tuple[Chain, ...] = ()
+    boot: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,11 @@ elif command -v nft >/dev/null; then
   $1 == "}" { inside = 0 }
   inside { print "rule", $0 }
   / hook input / { inside = 1; policy = "accept"; if (/policy drop/) policy = "drop"; print "chain", table, chain, policy }'
+  if test -e "$wanted" && test -e "$program"; then
+    while IFS= read -r line; do
+      case $line in *" nft insert rule "*) line=${line#*\'}; printf 'boot %s\n' "${line%\'}" ;; esac
+    done <"$program"
+  fi
 else
   echo kind none
 fi
@@ -160,7 +167,9 @@ def probe(target: Target[NetworkSpec]) -> str:
         # Without a way ip says so, and goes on with the next; its exit status then says nothing.
         f"printf 'route get %s\\n' {peers} | ip -o -force -batch - 2>&1" if peers else "",
         FILES.strip(),
-        FIREWALL.strip() if target.spec.firewall == "open" else "",
+        f"wanted={FIREWALL_WANTED} program={FIREWALL_SCRIPT}\n{FIREWALL.strip()}"
+        if target.spec.firewall == "open"
+        else "",
         "echo end",
     ]
     return "\n".join(line for line in lines if line)
@@ -249,12 +258,15 @@ def _firewall(lines: Sequence[str]) -> Firewall:
     kind = ""
     allowed: set[str] = set()
     chains: list[Chain] = []
+    boot: list[str] = []
     for line in lines:
         word, _, rest = line.partition(" ")
         if word == "kind" and rest in ("firewalld", "ufw", "nftables", "none"):
             kind = rest
         elif word == "allowed":
             allowed.add(rest.split("/")[0])
+        elif word == "boot":
+            boot.append(rest)
         elif word == "chain":
             family, table, name, policy = rest.split(" ")
             chains.append(Chain(family, table, name, policy, ()))
@@ -266,4 +278,4 @@ def _firewall(lines: Sequence[str]) -> Firewall:
             raise Unreadable(f"{line[:60]!r} is no part of a firewall")
     if not kind:
         raise Unreadable("the firewall is not shown")
-    return Firewall(kind, frozenset(allowed), tuple(chains))
+    return Firewall(kind, frozenset(allowed), tuple(chains), tuple(boot))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import re
+import shlex
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -243,6 +246,57 @@ def test_rules_for_the_peers_must_come_first_in_a_chain_that_drops() -> None:
     open_chain = replace(chain, rules=(), policy="accept")
     state = replace(RIGHT, firewall=replace(RIGHT.firewall, chains=(open_chain,)))
     assert ids(target(**LAB), state) == []
+
+
+OLD = 'iifname "host0" ip saddr 10.77.27.99 accept comment "lockstep"'
+
+
+def plain(script: str) -> str:
+    """A script with the texts of the files that it writes decoded."""
+    return re.sub(r"printf %s (\S+)", lambda match: base64.b64decode(match[1]).decode(), script)
+
+
+def test_rules_for_a_removed_node_go_now_and_for_the_next_boot() -> None:
+    assert RIGHT.firewall is not None
+    (chain,) = RIGHT.firewall.chains
+    right = RIGHT.firewall.boot
+    idle = replace(chain, rules=(*right, OLD), policy="accept")
+    for changes, words in (
+        ({"chains": (replace(chain, rules=(OLD, *chain.rules)),)}, "does not let them in first"),
+        ({"chains": (idle,)}, "older rules of Lockstep in chain inet site input"),
+        ({"boot": (*right, OLD)}, "other rules from the next boot on"),
+        ({"boot": ()}, "no rules from the next boot on"),
+    ):
+        state = replace(RIGHT, firewall=replace(RIGHT.firewall, **changes))  # type: ignore[arg-type]
+        (finding,) = found(target(**LAB), state)
+        assert finding.id == "firewall-between-nodes" and words in finding.seen
+        assert (
+            "10.77.27.99" not in steps(target(**LAB), state)[0].command.rpartition("/dev/null")[2]
+        )
+    unguarded = replace(RIGHT.firewall, chains=(), boot=())
+    assert ids(target(**LAB), replace(RIGHT, firewall=unguarded)) == []
+
+
+def undoing(state: NetworkState) -> str:
+    """What runs unless a fresh login succeeds."""
+    make = steps(target(**LAB), state)[0].command
+    return plain(shlex.split(make.split("printf '%s\\n' ", 1)[1])[0])
+
+
+def test_the_undoing_brings_back_what_was_there_before() -> None:
+    assert RIGHT.firewall is not None
+    before = replace(RIGHT, firewall=replace(RIGHT.firewall, boot=(OLD,)))
+    assert OLD in undoing(before) and "10.77.27.11" not in undoing(before)
+    bare = replace(RIGHT, firewall=replace(RIGHT.firewall, boot=()))
+    assert "lockstep-firewall undo" in undoing(bare) and "disable -q" in undoing(bare)
+    other = replace(RIGHT, firewall=Firewall("ufw", frozenset({"10.77.27.99"})))
+    assert undoing(other) == (
+        "ufw allow from 10.77.27.99 comment lockstep\nufw delete allow from 10.77.27.11"
+    )
+    other = replace(RIGHT, firewall=Firewall("firewalld", frozenset({"10.77.27.99"})))
+    assert "<entry>10.77.27.99</entry>" in undoing(other) and "10.77.27.11" not in undoing(other)
+    none = replace(RIGHT, firewall=Firewall("firewalld"))
+    assert "--remove-source=ipset:lockstep\nrm -f" in undoing(none)
 
 
 @pytest.mark.parametrize("kind", ["firewalld", "ufw"])
