@@ -73,7 +73,7 @@ def _findings(target: Target[PdshSpec], state: PdshState) -> Iterator[Finding]:
     elif state.dialect == "deb" and right and state.chosen != rcmd:
         seen.append(f"it takes {state.chosen or 'no remote shell'}, although {path} says {rcmd}")
     if seen:
-        repairable = packages_for_repair(target) is not None and state.dialect == "deb"
+        repairable = packages_for_repair(target) is not None
         yield Finding(
             "pdsh-modules",
             f"pdsh takes {rcmd} and has no complaint",
