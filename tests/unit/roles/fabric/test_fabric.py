@@ -228,13 +228,6 @@ def test_garbage_is_refused(text: str) -> None:
         parse(text)
 
 
-def test_any_truncation_is_refused() -> None:
-    text = (RECORDED / "waiting.txt").read_text().strip("\n")
-    for end in range(len(text) - 1):
-        with pytest.raises((Unreadable, ValueError, KeyError, IndexError)):
-            parse(text[:end])
-
-
 def test_what_no_lab_can_break_has_its_entry_in_the_symptoms() -> None:
     folder = Path(__file__).parents[4]
     known = {

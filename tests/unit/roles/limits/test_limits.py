@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from pydantic import ValidationError
 
 from inventory.cluster import Cluster, Node
@@ -469,14 +468,3 @@ def test_a_systemd_unit_is_given_the_same_limits() -> None:
     assert unit_limits(LimitsSpec(nofile=None, memlock=None, nproc="unlimited")) == [
         "LimitNPROC=infinity"
     ]
-
-
-def test_every_finding_has_its_entry_in_the_symptoms() -> None:
-    path = Path(__file__).parents[4] / "roles/limits/symptoms.yaml"
-    entries = {entry["id"] for entry in yaml.safe_load(path.read_text())}
-    assert entries == {
-        "ulimit-nofile", "memlock", "nproc-limit", "limits-file", "limit-overridden", "pam-limits",
-        "limit-not-grantable", "sshd-no-pam", "shm-nccl", "shm-dataloader", "shm-fstab", "shm-in-use",
-        "services-limits", "sysctl-value", "sysctl-file",
-        "limits-undo",
-    }  # fmt: skip

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from pydantic import ValidationError
 
 from inventory.base import Spec
@@ -526,43 +524,3 @@ def test_the_scripts_are_valid_shell(environments: tuple[str, ...]) -> None:
     for text in texts:
         subprocess.run(["sh", "-n", "-c", text], check=True)
     assert len(probe(one)) < 6000
-
-
-# --- symptoms ---
-
-
-def symptoms() -> dict[str, list[str]]:
-    path = Path(__file__).parents[4] / "roles/nccl/symptoms.yaml"
-    return {entry["id"]: entry["log"] for entry in yaml.safe_load(path.read_text())}
-
-
-def test_every_finding_has_its_entry_in_the_symptoms() -> None:
-    folder = Path(__file__).parents[4] / "roles/nccl"
-    text = "".join((folder / name).read_text() for name in ("drift.py", "proof.py"))
-    named = set(re.findall(r"[\"'](nccl-[a-z-]+)", text))
-    assert named >= {"nccl-version-mismatch", "nccl-damaged"} and named <= set(symptoms())
-
-
-@pytest.mark.parametrize(
-    ("id", "line"),
-    [
-        (
-            "nccl-version-mismatch",
-            "gpu-a:211:302 [1] NCCL WARN Mismatched NCCL version detected : rank 0 version 22105 rank 1 version 22005",
-        ),
-        ("nccl-two-wheels", "NCCL WARN Invalid config blocking attribute value -2147483648"),
-        (
-            "nccl-symbol",
-            "ImportError: /e/torch/lib/libtorch_cuda.so: undefined symbol: ncclCommRegister",
-        ),
-        (
-            "nccl-missing",
-            "./all_reduce_perf: error while loading shared libraries: libnccl.so.2: cannot open shared object file: No such file or directory",
-        ),
-        ("nccl-not-offered", "E: Version '9.9-1' for 'libnccl2' was not found"),
-        ("nccl-not-offered", "Error: Unable to find a match: libnccl-2.20.5-1+cuda12.4"),
-    ],
-)
-def test_a_real_line_is_named_by_its_own_entry_alone(id: str, line: str) -> None:
-    named = [key for key, logs in symptoms().items() if any(re.search(log, line) for log in logs)]
-    assert named == [id]

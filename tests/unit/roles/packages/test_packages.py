@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from pydantic import ValidationError
 
 from inventory.cluster import Cluster, Node
@@ -518,18 +517,3 @@ def test_what_is_no_package_name_is_refused(name: str) -> None:
 def test_a_path_that_cannot_stand_in_a_source_list_is_refused(path: str) -> None:
     with pytest.raises(ValidationError):
         PackagesSpec(local=path)
-
-
-def test_every_finding_has_its_entry_in_the_symptoms() -> None:
-    path = Path(__file__).parents[4] / "roles/packages/symptoms.yaml"
-    entries = {entry["id"] for entry in yaml.safe_load(path.read_text())}
-    assert {
-        "package-missing",
-        "package-interrupted",
-        "package-source",
-        "package-source-missing",
-        "package-not-offered",
-        "package-policy",
-        "package-source-key",
-        "package-unattended",
-    } == entries
