@@ -30,7 +30,7 @@ from deploy.lab.files import (
 from deploy.lab.progress import Progress
 
 RECIPE = 4
-"""Counts changes of this module that change the packages."""
+"""Counts changes of this module that change the packages, beside those of KINDS."""
 
 NAMES = {
     "g++": "gcc-c++",
@@ -138,6 +138,7 @@ rtcsync
 keyfile /etc/chrony.keys
 logdir /var/log/chrony
 """
+POLICY = Path("usr/share/polkit-1/actions/org.fedoraproject.FirewallD1")
 LIB64 = (("usr/lib/*-linux-gnu/*", "usr/lib64"),)
 KINDS = {
     "chrony": Kind(
@@ -155,6 +156,7 @@ KINDS = {
         ),
         users={"chrony": "/var/lib/chrony"},
     ),
+    "firewalld": Kind(links={f"{POLICY}.policy": f"{POLICY.name}.server.policy.choice"}),
     "gcc": Kind(links={"usr/bin/cc": "gcc"}),
     "g++": Kind(links={"usr/bin/c++": "g++"}),
     "libnccl2": Kind(moves=LIB64),
@@ -402,7 +404,8 @@ def ensure_rpms(repository: Path, marker: Path, image: Path, progress: Progress)
     cache. Raises LabError.
     """
     debs = sorted(path.name for path in repository.glob("*.deb"))
-    state = {"recipe": RECIPE, "image": image.name, "debs": debs}
+    kinds = hashlib.sha256(repr(KINDS).encode()).hexdigest()
+    state = {"recipe": RECIPE, "kinds": kinds, "image": image.name, "debs": debs}
     if read_json(marker) == state and (repository / "repodata/repomd.xml").is_file():
         return
     began = progress.seconds
@@ -444,7 +447,8 @@ def jobs(debs: Sequence[Path], image: Path) -> list[Job]:
     found = []
     for deb, fields in controls.items():
         needs = requires(fields, offered)
-        digest = hashlib.sha256(json.dumps([deb.name, needs]).encode()).hexdigest()[:16]
+        own = [repr(KINDS[fields["Package"]])] if fields["Package"] in KINDS else []
+        digest = hashlib.sha256(json.dumps([deb.name, needs, *own]).encode()).hexdigest()[:16]
         made = image.parent / cache_name() / f"{fields['Package']}-{digest}"
         found.append(Job(deb, fields, needs, made))
     return found
