@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from roles.compiler.choose import Choice, choose, headers_package
 from roles.compiler.drift import unfit
-from roles.compiler.probe import MARK, NAMES, WRAPPERS, CompilerState
+from roles.compiler.probe import MARK, NAMES, STAMP, WRAPPERS, CompilerState
 from roles.compiler.spec import CompilerSpec
 from roles.core.role import Finding, Peers, Target
 from roles.core.steps import Shell, Step, write_file
@@ -27,8 +28,10 @@ def converge(
         names.append("ninja-build")
     if "python-headers" in ids:
         names.append(headers_package(state))
+    packages = target.cluster.section("packages", PackagesSpec) or PackagesSpec()
+    if "compiler-broken" in ids:
+        yield installing(packages, state.manager, state.damaged, reinstall=True)
     if names:
-        packages = target.cluster.section("packages", PackagesSpec) or PackagesSpec()
         yield installing(packages, state.manager, names)
     if choice:
         yield Shell(_wrappers(choice, target.spec, state))
@@ -63,7 +66,10 @@ def _wrappers(choice: Choice, spec: CompilerSpec, state: CompilerState) -> str:
 
 
 def proof(target: Target[CompilerSpec]) -> str:
-    """Compiles and links a small program, as a login would: what is installed in part shows here."""
+    """Compiles and links a small program, as a login would: what is installed in part shows here.
+
+    Then it also finds the packages whose files are damaged, which takes some seconds, for the next look.
+    """
     include = "#include <vector>\\n"
     flags = ""
     if target.spec.python_headers:
@@ -72,11 +78,22 @@ def proof(target: Target[CompilerSpec]) -> str:
     return f"""
 PATH={WRAPPERS}:/usr/bin:/bin; export PATH LC_ALL=C
 real=$(readlink -f /usr/bin/python3); version=${{real##*python}}
+damaged() {{
+  awk '$1 ~ /^(missing|..5)/ && $NF ~ "^(/usr/(include|lib/gcc|libexec/gcc)|/opt/rh)/|/crt[1in][.]o$|/usr/bin/[^/]*(gcc|[+][+]|cpp|as|ld)(-[0-9.]+)?$" {{ print $NF }}'
+}}
 dir=$(mktemp -d) || exit 1
 trap 'rm -rf "$dir"' EXIT
 if ! printf '{include}int main() {{ return (int)std::vector<int>().size(); }}\\n' |
   c++ -std=c++17 -x c++ {flags}-o "$dir/program" - >"$dir/said" 2>&1
 then
   printf 'compiler-broken\\tc++ compiles no small program: %s\\n' "$(grep -m 1 -iE 'error|cannot|not found' "$dir/said" || tail -n 1 "$dir/said")"
+  mkdir -p {Path(STAMP).parent}
+  {{
+    if command -v dpkg-query >/dev/null
+    then dpkg --verify | damaged | xargs -r dpkg -S | sed 's/:.*//'
+    else rpm -Va --nodeps --noscripts --nomtime --nouser --nogroup --nomode | damaged | xargs -r rpm -qf --qf '%{{NAME}}\n'
+    fi | sort -u
+  }} >{STAMP} 2>/dev/null
+else rm -f {STAMP}
 fi
 """.strip()

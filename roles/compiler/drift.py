@@ -52,6 +52,13 @@ def _findings(spec: CompilerSpec, state: CompilerState) -> Iterator[Finding]:
             f"{', and found by every login' if choice.gcc or not source else ''}",
             repairable=choice is not None,
         )
+    if state.damaged:
+        yield Finding(
+            "compiler-broken",
+            "a compiler that builds a small program",
+            f"files of {', '.join(state.damaged)} are missing or changed",
+            "they are unpacked again",
+        )
     if spec.ninja and state.ninja is None:
         yield Finding("ninja-missing", "ninja in a login", "none", "ninja-build is installed")
     if spec.python_headers and not state.headers:

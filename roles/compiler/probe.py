@@ -17,6 +17,9 @@ NAMES = ("gcc", "g++", "cc", "c++")
 """What build systems call: torch and DeepSpeed run c++, nvcc runs gcc."""
 
 WRAPPERS = "/usr/local/bin"
+STAMP = "/var/lib/lockstep/compiler-damaged"
+"""Where the proof leaves the packages whose files are damaged. It counts until packages change."""
+
 MARK = "# Written by Lockstep; changes are lost."
 
 Manager = Literal["apt", "rpm"]
@@ -43,7 +46,8 @@ class CompilerState:
     candidates: whole compilers (C and C++) that are installed beside the system's own: the version
     behind the name on Debian (``11``), the folder in /opt/rh on RPM systems (``gcc-toolset-11``).
     ninja: where the login finds it. python: version of the system's python3 (``3.11``), None
-    where there is none. headers: its Python.h is there.
+    where there is none. headers: its Python.h is there. damaged: packages of a compiler that built
+    not even a small program, whose files are missing or changed.
     """
 
     manager: Manager
@@ -54,6 +58,7 @@ class CompilerState:
     ninja: str | None
     python: str | None
     headers: bool
+    damaged: tuple[str, ...] = ()
 
 
 def probe(target: Target[CompilerSpec]) -> str:
@@ -113,6 +118,12 @@ if test -x /usr/bin/python3; then
   then say headers yes; else say headers no; fi
 else say python none; say headers no
 fi
+if test -s {STAMP}; then
+  for db in /var/lib/dpkg/status /var/lib/rpm/Packages /var/lib/rpm/rpmdb.sqlite; do
+    if test "$db" -nt {STAMP}; then db=; break; fi
+  done
+  if test -n "$db"; then while read -r name; do say damaged "$name"; done <{STAMP}; fi
+fi
 echo end
 """.strip()
 
@@ -123,6 +134,7 @@ def parse(text: str) -> CompilerState:
     single: dict[str, str] = {}
     tools: dict[str, Tool] = {}
     candidates: list[str] = []
+    damaged: list[str] = []
     for line in text.split("\n"):
         key, *values = line.split("\t")
         if key == "tool" and len(values) == 4 and values[3] in ("yes", "no"):
@@ -132,6 +144,8 @@ def parse(text: str) -> CompilerState:
         elif key == "candidate" and len(values) == 1:
             int(values[0].rpartition("-")[2])
             candidates.append(values[0])
+        elif key == "damaged" and len(values) == 1 and values[0]:
+            damaged.append(values[0])
         elif key in ("manager", "os", "path", "ninja", "python", "headers") and len(values) == 1:
             single[key] = values[0]
         else:
@@ -155,4 +169,5 @@ def parse(text: str) -> CompilerState:
         ninja=None if single["ninja"] == "none" else single["ninja"],
         python=None if python == "none" else python,
         headers=single["headers"] == "yes",
+        damaged=tuple(damaged),
     )

@@ -15,7 +15,7 @@ from inventory.cluster import Cluster, Node
 from roles.compiler import CompilerSpec, CompilerState, role
 from roles.compiler.choose import Choice, choose, headers_package
 from roles.compiler.converge import proof, wrapper
-from roles.compiler.probe import MARK, NAMES, Tool, parse, probe
+from roles.compiler.probe import MARK, NAMES, STAMP, Tool, parse, probe
 from roles.core.role import Finding, Target, Unreadable
 from roles.core.steps import Shell
 from roles.packages import PackagesSpec
@@ -276,11 +276,26 @@ def test_what_is_not_understood_is_unreadable(old: str, new: str) -> None:
         parse(text.replace(old, new, 1))
 
 
+DAMAGE = """missing     /usr/share/doc/gcc-12/NEWS.gz
+??5?????? c /etc/ld.so.conf
+missing     /usr/include/c++/12/vector"""
+
+
 def proved(tmp_path: Path, body: str) -> str:
     compiler = tmp_path / "c++"
     compiler.write_text(f"#!/bin/sh\ncat >{tmp_path}/source\n{body}\n")
     compiler.chmod(0o755)
+    for name, text in (
+        ("dpkg-query", ":"),
+        (
+            "dpkg",
+            f"case $1 in --verify) echo '{DAMAGE}';; -S) echo libstdc++-12-dev:amd64: $2;; esac",
+        ),
+    ):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
     script = proof(target()).replace("PATH=/usr/local/bin", f"PATH={tmp_path}:/usr/local/bin")
+    script = script.replace(str(Path(STAMP).parent), str(tmp_path))
     return subprocess.run(
         ["sh", "-c", script], env=dict(os.environ), capture_output=True, text=True, check=True
     ).stdout
@@ -291,8 +306,25 @@ def test_the_proof_tells_the_line_that_names_the_cause(tmp_path: Path) -> None:
         tmp_path, "echo In file; echo 'x.c:1: fatal error: vector: No such file' >&2; exit 1"
     )
     assert said.startswith("compiler-broken\t") and "fatal error: vector" in said
-    assert proved(tmp_path, "exit 0") == ""
+    stamp = tmp_path / Path(STAMP).name
+    assert stamp.read_text() == "libstdc++-12-dev\n"
+    assert proved(tmp_path, "exit 0") == "" and not stamp.exists()
     assert "#include <Python.h>\nint main()" in (tmp_path / "source").read_text()
+
+
+def test_damaged_packages_are_unpacked_again() -> None:
+    text = (RECORDED / "bookworm-converged.txt").read_text().rstrip("\n").removesuffix("end")
+    state = parse(f"{text}damaged\tg++-12\ndamaged\tlibstdc++-12-dev\nend")
+    (finding,) = found(state)
+    assert finding.id == "compiler-broken" and "g++-12, libstdc++-12-dev" in finding.seen
+    (again,) = steps(state)
+    last = again.splitlines()[-1]
+    assert "--reinstall" in last and last.endswith("-- g++-12 libstdc++-12-dev")
+
+
+def test_a_toolset_behind_wrappers_is_right_on_enterprise_linux_9() -> None:
+    state = recorded("el9-toolset")
+    assert ids(state, gcc=13) == [] and role.facts[0].read(state) == "13.2.1"
 
 
 def test_a_range_without_a_version_is_refused() -> None:
