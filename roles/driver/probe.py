@@ -348,7 +348,7 @@ def parse(text: str) -> DriverState | None:
         daemon=_yes(one("daemon") or "no"),
         cuda=_cuda(rows.get("cuda", ())),
         packages=parse_installed(rows.get("package", ())),
-        locks=LockList(locker, "\n".join(locks)) if (locker := one("locker")) else None,
+        locks=LockList.read(locker, locks) if (locker := one("locker")) else None,
     )
 
 

@@ -287,7 +287,7 @@ def parse(text: str) -> NcclState:
         manager=manager,
         packages=_packages(found["package"]),
         pin=pin if mark else None,
-        locks=LockList(single["locker"], "\n".join(locks)) if "locker" in single else None,
+        locks=LockList.read(single["locker"], locks) if "locker" in single else None,
         offered=_offered(manager, found["offered"], found["listed"]) if offers else None,
         facts=_facts(single.get("proof", "")),
         distributions=frozenset(values[0] for values in found["d"]),

@@ -65,6 +65,11 @@ class LockList:
     path: str
     text: str = ""
 
+    @classmethod
+    def read(cls, path: str, lines: Iterable[str]) -> LockList:
+        """The list in what ``LOCKS`` printed."""
+        return cls(path, "".join(f"{line}\n" for line in lines))
+
     def lines(self) -> list[str]:
         """Its lines that are neither empty nor a comment."""
         stripped = (line.strip() for line in self.text.splitlines())

@@ -52,7 +52,8 @@ patiently() {{
     printf '%s\n' "$said" | awk '
       more {{ sub(/^ *(- )?/, ""); why = why " " $0; more = 0; if (/^Problem/) more = 1; else exit }}
       /^dpkg: error|^Error: *$|^Error: .*:$|^Error: Package: |^Failed to resolve the transaction:/ {{ why = $0; more = 1; next }}
-      /^(E|Error|error|dpkg): / && why == "" {{ why = $0 }}
+      {{ sub(/^>>> /, "") }}
+      /^(E|Error|error|dpkg): |^Error (in|opening) / && why == "" {{ why = $0 }}
       END {{ if (why != "") print why }}' >&2
     return 1
   done
@@ -108,14 +109,15 @@ def dnf_trial(spec: PackagesSpec, *words: str) -> str:
 
 
 # The answer "no" ends dnf with status 1 whatever it would have done; what is really wrong shows again
-# when it is done in earnest. Its table has a heading a kind of change, then a line a package.
+# when it is done in earnest. Its table has a heading a kind of change, then a line a package; dnf 5
+# says below an upgraded one which it replaces, by the same name.
 TRIAL = rf"""
 trial() {{
   timeout {LOCK_SECONDS + 240} "$dnf" "$@" </dev/null 2>/dev/null | awk '
     /^[A-Z].*:$/ {{ going = /^Removing/ }}
     /^$/ {{ going = 0 }}
-    going && /^ [^ ]/ {{ print $1 }}
-    $1 == "replacing" {{ sub(/\.(noarch|x86_64|aarch64|i686)$/, "", $2); print $2 }}'
+    /^ [^ ]/ {{ if (going) print $1; new = $1 }}
+    $1 == "replacing" && $2 != new {{ sub(/\.(noarch|x86_64|aarch64|i686)$/, "", $2); print $2 }}'
 }}
 """.lstrip()
 

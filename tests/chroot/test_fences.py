@@ -95,8 +95,8 @@ class Machine:
         if self.manager == "apt":
             return None
         path, *lines = self.sh(f"{LOCKS}locks").stdout.splitlines()
-        return LockList(
-            path.removeprefix("locker\t"), "\n".join(line.removeprefix("lock\t") for line in lines)
+        return LockList.read(
+            path.removeprefix("locker	"), [line.removeprefix("lock	") for line in lines]
         )
 
     def open(self, version: str) -> str | None:
