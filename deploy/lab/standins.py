@@ -2,6 +2,7 @@
 
 libnccl2 and libnccl-dev hold a library whose ``ncclGetVersion`` answers truly, and nothing that could
 communicate. They are built with the C compiler of this machine; without one there are none.
+nvidia-dkms holds the source of a module that really compiles, and does nothing.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from deploy.lab.commands import run
 from deploy.lab.files import PARTIAL
 
 NCCL_VERSIONS = ("2.18.1-1+cuda12.1", "2.20.5-1+cuda12.4", "2.21.5-1+cuda12.4")
+DRIVER_VERSIONS = ("535.154.05", "550.54.15")
 TRIPLETS = {"amd64": "x86_64-linux-gnu", "arm64": "aarch64-linux-gnu"}
 
 _CONTROL = """\
@@ -36,6 +38,42 @@ _HEADER = """\
 int ncclGetVersion(int *version);
 """
 
+_DRIVER = {
+    "dkms.conf": """\
+PACKAGE_NAME="nvidia"
+PACKAGE_VERSION="{version}"
+MAKE[0]="make KVER=${{kernelver}} modules"
+CLEAN="make KVER=${{kernelver}} clean"
+BUILT_MODULE_NAME[0]="nvidia"
+DEST_MODULE_LOCATION[0]="/kernel/drivers/video"
+AUTOINSTALL="yes"
+""",
+    "Makefile": """\
+obj-m := nvidia.o
+modules:
+\t$(MAKE) -C /lib/modules/$(KVER)/build M=$(CURDIR) modules
+clean:
+\t$(MAKE) -C /lib/modules/$(KVER)/build M=$(CURDIR) clean
+""",
+    "nvidia.c": """\
+#include <linux/module.h>
+static int __init begin(void) {{ return 0; }}
+static void __exit end(void) {{ }}
+module_init(begin);
+module_exit(end);
+MODULE_LICENSE("Dual MIT/GPL");
+MODULE_VERSION("{version}");
+""",
+}
+
+
+def driver_source(root: Path, version: str) -> None:
+    """The driver's source below ``root``, where dkms looks for it."""
+    folder = root / f"usr/src/nvidia-{version}"
+    folder.mkdir(parents=True)
+    for name, text in _DRIVER.items():
+        (folder / name).write_text(text.format(version=version))
+
 
 def build(directory: Path, architecture: str) -> list[str]:
     """Put the stand-ins that are missing into the directory; the file names of all.
@@ -44,26 +82,29 @@ def build(directory: Path, architecture: str) -> list[str]:
     """
     if architecture not in TRIPLETS or shutil.which("gcc") is None:
         return []
+    nccl = [(name, one) for one in NCCL_VERSIONS for name in ("libnccl2", "libnccl-dev")]
+    driver = [("nvidia-dkms", f"{one}-1") for one in DRIVER_VERSIONS]
     files = []
-    for version in NCCL_VERSIONS:
-        for name in ("libnccl2", "libnccl-dev"):
-            deb = directory / f"{name}_{version}_{architecture}.deb"
-            if not deb.is_file():
-                with tempfile.TemporaryDirectory(prefix="lockstep-standin.") as work:
-                    _package(Path(work), name, version, architecture, deb)
-            files.append(deb.name)
+    for name, version in [*nccl, *driver]:
+        deb = directory / f"{name}_{version}_{architecture}.deb"
+        if not deb.is_file():
+            with tempfile.TemporaryDirectory(prefix="lockstep-standin.") as work:
+                more = _fill(Path(work), name, version, architecture)
+                _pack(Path(work) / "tree", name, version, architecture, more, deb)
+        files.append(deb.name)
     return files
 
 
-def _package(work: Path, name: str, version: str, architecture: str, deb: Path) -> None:
+def _fill(work: Path, name: str, version: str, architecture: str) -> str:
+    """Write the package's files below ``tree``; more lines of its control file."""
     upstream, _, rest = version.partition("-")
-    numbers = [int(part) for part in upstream.split(".")]
     tree = work / "tree"
+    if name == "nvidia-dkms":
+        driver_source(tree, upstream)
+        return ""
     libraries = tree / "usr/lib" / TRIPLETS[architecture]
-    control = tree / "DEBIAN"
-    for folder in (libraries, control):
-        folder.mkdir(parents=True)
-    more = ""
+    libraries.mkdir(parents=True)
+    numbers = [int(part) for part in upstream.split(".")]
     if name == "libnccl2":
         number = numbers[0] * 10000 + numbers[1] * 100 + numbers[2]
         source = work / "nccl.c"
@@ -76,12 +117,18 @@ def _package(work: Path, name: str, version: str, architecture: str, deb: Path) 
         )
         library.chmod(0o644)
         (libraries / "libnccl.so.2").symlink_to(library.name)
-        (control / "triggers").write_text("activate-noawait ldconfig\n")
-    else:
-        more = f"Depends: libnccl2 (= {version})\n"
-        (tree / "usr/include").mkdir()
-        (tree / "usr/include/nccl.h").write_text(_HEADER.format(*numbers))
-        (libraries / "libnccl.so").symlink_to("libnccl.so.2")
+        (tree / "DEBIAN").mkdir()
+        (tree / "DEBIAN/triggers").write_text("activate-noawait ldconfig\n")
+        return ""
+    (tree / "usr/include").mkdir()
+    (tree / "usr/include/nccl.h").write_text(_HEADER.format(*numbers))
+    (libraries / "libnccl.so").symlink_to("libnccl.so.2")
+    return f"Depends: libnccl2 (= {version})\n"
+
+
+def _pack(tree: Path, name: str, version: str, architecture: str, more: str, deb: Path) -> None:
+    control = tree / "DEBIAN"
+    control.mkdir(exist_ok=True)
     (control / "control").write_text(
         _CONTROL.format(name=name, version=version, architecture=architecture, more=more)
     )

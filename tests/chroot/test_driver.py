@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from deploy.lab.standins import DRIVER_VERSIONS, driver_source
 from inventory.cluster import Cluster, Node
 from roles.core.role import Finding, Target
 from roles.core.steps import Shell
@@ -22,30 +23,8 @@ from roles.driver import DriverSpec, DriverState, role
 
 pytestmark = pytest.mark.slow
 
-VERSION, NEWER = "535.154.05", "550.54.15"
+VERSION, NEWER = DRIVER_VERSIONS
 NODE = Node(name="node1", address="10.77.0.11")
-CONF = """PACKAGE_NAME="nvidia"
-PACKAGE_VERSION="{version}"
-MAKE[0]="make KVER=${{kernelver}} modules"
-CLEAN="make KVER=${{kernelver}} clean"
-BUILT_MODULE_NAME[0]="nvidia"
-DEST_MODULE_LOCATION[0]="/kernel/drivers/video"
-AUTOINSTALL="yes"
-"""
-MAKEFILE = """obj-m := nvidia.o
-modules:
-\t$(MAKE) -C /lib/modules/$(KVER)/build M=$(CURDIR) modules
-clean:
-\t$(MAKE) -C /lib/modules/$(KVER)/build M=$(CURDIR) clean
-"""
-CODE = """#include <linux/module.h>
-static int __init begin(void) {{ return 0; }}
-static void __exit end(void) {{ }}
-module_init(begin);
-module_exit(end);
-MODULE_LICENSE("Dual MIT/GPL");
-MODULE_VERSION("{version}");
-"""
 SOURCE = "/etc/lockstep-test-source"
 
 
@@ -99,14 +78,6 @@ def target(**declared: Any) -> Target[DriverSpec]:
     return Target(Cluster("lab", Path("lab.yaml"), {"node1": NODE}), NODE, spec)
 
 
-def write_source(root: Path, version: str) -> None:
-    folder = root / f"usr/src/nvidia-{version}"
-    folder.mkdir(parents=True)
-    (folder / "dkms.conf").write_text(CONF.format(version=version))
-    (folder / "Makefile").write_text(MAKEFILE)
-    (folder / "nvidia.c").write_text(CODE.format(version=version))
-
-
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     assert os.geteuid() == 0, "a chroot is made: run this as root"
@@ -124,9 +95,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     kernel = next((root / "lib/modules").iterdir()).name
     (root / "etc/kernel-of-this-machine").write_text(f"{kernel}\n")
     (root / f"boot/vmlinuz-{kernel}").touch()
-    write_source(root, VERSION)
+    driver_source(root, VERSION)
     (root / SOURCE.lstrip("/")).mkdir()
-    write_source(root / SOURCE.lstrip("/"), NEWER)
+    driver_source(root / SOURCE.lstrip("/"), NEWER)
     mounts = [root / "proc", root / "dev"]
     subprocess.run(["mount", "-t", "proc", "proc", str(mounts[0])], check=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=0755", "tmpfs", str(mounts[1])], check=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -15,8 +16,8 @@ from typing import Any
 
 import yaml
 
+from deploy.lab.standins import DRIVER_VERSIONS
 from deploy.lab.state import SYSTEMS, Family
-from tests.chroot.test_driver import VERSION, write_source
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = ROOT / ".venv" / "bin"
@@ -34,7 +35,12 @@ SECTIONS: dict[str, Any] = {
     },
     "time": {},
     "compiler": {},
-    "driver": {"version": VERSION, "flavour": "open", "nodes": ["node1", "node2"]},
+    "driver": {
+        "version": DRIVER_VERSIONS[0],
+        "flavour": "open",
+        "packages": {"nvidia-dkms": f"{DRIVER_VERSIONS[0]}-1"},
+        "nodes": ["node1", "node2"],
+    },
     "network": {"mtu": 1500, "leaks": "remove", "firewall": "open"},
     "fabric": {"sysfs": "/shared", "subnet_manager": "node1", "rdma": "off"},
     "nccl": {"version": "2.20.5", "remove": ["/usr/local/lib", "/opt/nccl-old"]},
@@ -172,17 +178,17 @@ class Site:
             assert time.monotonic() < end, f"after {seconds} s still not: {what}"
             time.sleep(0.5)
 
-    def stand_in_driver(self) -> None:
-        """A driver's source that compiles, and the traces of the kernel whose headers the lab has."""
-        write_source(self.state / "shared" / "driver", VERSION)
-        headers = next((self.state / "repo").glob("linux-headers-*-amd64_*.deb")).name
-        kernel = headers.removeprefix("linux-headers-").partition("_")[0]
-        for node in NODES:
-            self.shell(
-                node,
-                f"cp -r /shared/driver/usr/src/. /usr/src/; mkdir -p /lib/modules/{kernel} /boot; "
-                f"touch /boot/vmlinuz-{kernel}",
-            )
+    def stand_in_kernels(self) -> None:
+        """The traces of the kernels whose headers the lab has: the nodes run this machine's."""
+        names = {
+            "debian": r"linux-headers-([0-9][^_]*-amd64)_.*\.deb",
+            "rpm": r"kernel-devel-(.*)\.rpm",
+        }
+        files = [path.name for path in (self.state / "repo").iterdir()]
+        for node, family in NODES.items():
+            found = (re.fullmatch(names[family], file) for file in files)
+            kernel = next(match[1] for match in found if match)
+            self.shell(node, f"mkdir -p /lib/modules/{kernel} /boot; touch /boot/vmlinuz-{kernel}")
 
     def stand_in_fabric(self) -> None:
         """A tree with one InfiniBand port, shared by all nodes, and an opensm that brings it up there."""
@@ -223,7 +229,7 @@ def bring_up(state: Path, os: str = OS) -> Iterator[Site]:
         )  # fmt: skip
         assert up.returncode == 0, up.stdout + up.stderr
         site.declare(**SECTIONS, environments=_environments(site), limits=_limits(site))
-        site.stand_in_driver()
+        site.stand_in_kernels()
         site.stand_in_fabric()
         text = state / "shared" / "text"
         text.mkdir(parents=True)
