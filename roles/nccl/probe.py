@@ -227,6 +227,7 @@ for d in "$P"/lib/python3*/site-packages/nvidia_nccl*-info "$P"/lib/python3*/sit
 done
 """
     wanted = "" if spec.version == AUTO else spec.version
+    alone = packages.local if packages and not packages.sources_of("apt") else None
     return f"""
 export LC_ALL=C PATH="$PATH:/usr/sbin:/sbin"
 tab=$(printf '\\t') wanted={quote(wanted)} least={2 if spec.dev else 1}
@@ -234,7 +235,7 @@ tab=$(printf '\\t') wanted={quote(wanted)} least={2 if spec.dev else 1}
 {_OWNED.strip()}
 {asked.strip()}
 if command -v dpkg-query >/dev/null; then
-{_apt(packages.local if packages else None).strip()}
+{_apt(alone).strip()}
 elif command -v rpm >/dev/null; then
 {LOCKS}{_RPM.strip()}
 else

@@ -79,6 +79,12 @@ class PerFamily(Strict):
     debian: PackageName | None = None
     rpm: PackageName | None = None
 
+    @model_validator(mode="after")
+    def _named(self) -> PerFamily:
+        if self.debian is None and self.rpm is None:
+            raise ValueError("names no package: give it for debian, for rpm, or for both")
+        return self
+
 
 class Source(Strict):
     """A repository that nodes of one family get, with its key.

@@ -46,7 +46,8 @@ ID= VERSION_ID=
 if test -r /etc/os-release; then . /etc/os-release; fi
 say id "$ID"; say release "$VERSION_ID"
 read -r kernel </proc/sys/kernel/osrelease; say kernel "$kernel"
-say machine "$(uname -m)"
+if ! read -r machine 2>/dev/null </proc/sys/kernel/arch; then machine=$(uname -m); fi
+say machine "$machine"
 if glibc=$(getconf GNU_LIBC_VERSION 2>/dev/null); then say glibc "${{glibc#glibc }}"; fi
 if test -d /run/systemd/system; then
   systemd=

@@ -66,6 +66,8 @@ def test_a_package_may_have_a_name_for_each_family_or_for_one() -> None:
         {"install": [{"debian": "libfoo-dev", "rpm": "foo-devel"}, {"rpm": "tar"}]}
     )
     assert spec.names("apt") == ["libfoo-dev"] and spec.names("rpm") == ["foo-devel", "tar"]
+    with pytest.raises(ValidationError, match="names no package"):
+        PackagesSpec.model_validate({"install": [{}]})
 
 
 def test_translating_there_and_back_gives_the_same_name() -> None:
