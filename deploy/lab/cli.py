@@ -44,11 +44,6 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         "--nodes", type=int, metavar="N", help=f"number of nodes, 1 to {MOST_NODES} (default 2)"
     )
     up.add_argument(
-        "--os",
-        choices=SYSTEMS,
-        help="the nodes' system (default debian); mixed: node1 Debian, node2 RPM, and so on in turn",
-    )
-    up.add_argument(
         "--archive",
         metavar="FILE",
         help="environment archive for the cluster file; 'cached' for the one that `prepare` made",
@@ -74,6 +69,12 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
 
     prepare = commands.add_parser("prepare", help="build base image and environment archive only")
     prepare.add_argument("--trim", action="store_true", help="as for `up`")
+    for command in (up, prepare):
+        command.add_argument(
+            "--os",
+            choices=SYSTEMS,
+            help="the nodes' system (default debian); mixed: node1 Debian, node2 RPM, and so on in turn",
+        )
     prepare.set_defaults(handler=_handler(_prepare))
 
     down = commands.add_parser("down", help="stop and remove the nodes; the cache stays")
@@ -162,7 +163,7 @@ def _up(args: argparse.Namespace, paths: Paths) -> None:
 
 
 def _prepare(args: argparse.Namespace, paths: Paths) -> None:
-    lab.prepare_only(paths, lab.Request(build=True, trim=args.trim), Progress())
+    lab.prepare_only(paths, lab.Request(build=True, trim=args.trim, os=args.os), Progress())
 
 
 def _shell(args: argparse.Namespace, paths: Paths) -> int:
