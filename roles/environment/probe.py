@@ -125,7 +125,7 @@ def probe(target: Target[Environments]) -> str:
 def _probe_one(one: Declared, archive: Archive | None) -> str:
     home = quote(archive.home) if archive and archive.home else ""
     borrowed = (
-        f"if [ -x {home} ]; then printf 'home %s\\n' \"$(readlink -f {home})\"; fi\n"
+        f"if [ -x {home} ]; then h=$(readlink -f {home}) || exit 1; printf 'home %s\\n' \"$h\"; fi\n"
         if home
         else ""
     )
