@@ -82,7 +82,9 @@ if test -n "${{SUDO_COMMAND-}}"; then
     p=$parent
   done
   if test -n "$sudo"; then
-    found=$(tr '\0' '\n' <"/proc/$sudo/environ" | sed -n 's/^PATH=//p') && path=${{found:-$path}}
+    found=$(tr '\0' '\n' <"/proc/$sudo/environ") || exit 3
+    found=$(printf '%s\n' "$found" | sed -n 's/^PATH=//p') || exit 3
+    path=${{found:-$path}}
   fi
 fi
 say path "$path"
