@@ -114,6 +114,12 @@ def test_on_an_rpm_node_the_service_and_the_file_have_other_names() -> None:
     assert "install chrony" in steps(missing)[0] and "apt-get" not in steps(missing)[0]
 
 
+def test_an_rpm_node_that_follows_the_head_is_right() -> None:
+    state = recorded("rpm-node2")
+    assert (state.manager, state.unit) == ("rpm", "chronyd.service")
+    assert ids(state) == [] and role.facts[0].read(state) == "within 1 s"
+
+
 def test_another_daemon_is_ended_only_after_chrony_is_installed() -> None:
     state = with_unit(NODE, "ntp.service", Unit("loaded", "active", "generated"))
     assert ids(state) == ["time-other-daemon"]
