@@ -37,7 +37,10 @@ def wanted_stamp(one: Declared, archive: Archive) -> str:
 
 def wanted_proof(one: Declared) -> dict[str, list[str]]:
     """What the proof must show, as ``prove.py`` takes it."""
-    return {"imports": one.spec.imports, "commands": one.spec.commands, "linked": one.linked}
+    wanted = {"imports": one.spec.imports, "commands": one.spec.commands, "linked": one.linked}
+    if one.spec.pins:
+        wanted["pins"] = sorted(map(normal_name, one.spec.pins))
+    return wanted
 
 
 def drift(target: Target[Environments], state: EnvironmentState, peers: Peers) -> list[Finding]:
@@ -248,9 +251,14 @@ def _links(one: Declared, seen: Seen) -> Iterator[Pair]:
 
 
 def _proof(one: Declared, seen: Seen) -> Iterator[Pair]:
-    proof = stamp_values(seen.proof)
-    key = prove.key(seen.stamp, sorted(seen.distributions), seen.interpreter, wanted_proof(one))
-    if not proof.get("ok") or proof.get("key") != key:
+    proof, wanted = stamp_values(seen.proof), wanted_proof(one)
+    # A pin that is not met has a role of its own: judged is what else changed since the proof.
+    others = seen.distributions.difference(prove.of_pins(seen.distributions, wanted))
+    keys = [
+        prove.key(seen.stamp, folders, seen.interpreter, wanted)
+        for folders in ([*seen.distributions], [*others, *proof.get("pinned", [])])
+    ]
+    if not proof.get("ok") or proof.get("key") not in keys:
         what = "changed since its proof" if proof.get("ok") else "not proved"
         yield (
             Action.NONE,

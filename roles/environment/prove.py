@@ -4,7 +4,7 @@ Sent to the nodes as text and run by the environment's interpreter: the standard
 Python 3.8 on. Prints one line ``ID<TAB>what is wrong`` for each failed proof, and leaves the proof
 stamp that the everyday look compares instead of starting Python.
 
-    python prove.py PREFIX WANTED [stale]    WANTED: JSON of imports, commands, linked;
+    python prove.py PREFIX WANTED [stale]    WANTED: JSON of imports, commands, linked, pins;
                                              stale: do nothing where a valid stamp lies
 """
 
@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -45,7 +46,8 @@ def key(
     its own role and changes more often than the environment.
     """
     others = sorted(name for name in distributions if not normal(name).startswith(OWN))
-    parts = json.dumps([stamp.strip(), others, interpreter, wanted], sort_keys=True)
+    proved = {name: words for name, words in wanted.items() if name != "pins"}
+    parts = json.dumps([stamp.strip(), others, interpreter, proved], sort_keys=True)
     return hashlib.sha256(parts.encode()).hexdigest()
 
 
@@ -54,6 +56,12 @@ def fingerprint(packages: list[tuple[str, str]]) -> str:
     lines = sorted({f"{normal(name)}=={version}" for name, version in packages})
     lines = [line for line in lines if not line.startswith(OWN + "==")]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def of_pins(distributions: Iterable[str], wanted: Mapping[str, list[str]]) -> list[str]:
+    """Those of the metadata folders that belong to pinned distributions."""
+    pins = wanted.get("pins", [])
+    return sorted(name for name in distributions if normal(name.split("-")[0]) in pins)
 
 
 def present_key(prefix: Path, wanted: dict[str, list[str]]) -> str:
@@ -204,6 +212,7 @@ def prove(prefix: Path, wanted: dict[str, list[str]], stale_only: bool) -> list[
     damage += [("environment-command", text) for one in started if (text := one.problem())]
     found += damage
     stamp: dict[str, object] = {"archive": archive, "key": present, "ok": not found}
+    stamp["pinned"] = of_pins(metadata(prefix), wanted)
     if not found:
         write(prefix / PROOF, {**stamp, "facts": facts()})
     elif damage and before.get("archive") == archive and (before.get("ok") or before.get("damage")):

@@ -10,7 +10,7 @@ from roles.core.steps import Shell, Step, quote
 from roles.environment.converge import ASIDE, LOGIN, alone
 from roles.environment.converge import proof as environment_proof
 from roles.environment.parcel import deliver, place_of
-from roles.environment.prove import STAMP
+from roles.environment.prove import PROOF, STAMP
 from roles.environment.spec import Declared, Environments
 from roles.pins.drift import Wrong, wrongs
 from roles.pins.probe import PinsState, Site, pinned
@@ -54,6 +54,7 @@ def install(
 
     Meanwhile the environment has no stamp: names of metadata folders do not show that pip was cut
     off, so a whole one is then unpacked. A pip that gives up by itself has put back what was there.
+    The proof goes with the versions on which it stood.
 
     pip: the wheel that it runs from. folders: where the pins' wheels lie; empty for an index.
     """
@@ -80,7 +81,7 @@ def install(
         f"{LOGIN} {settings}PIP_ROOT_USER_ACTION=ignore {quote(one.prefix)}/bin/python {quote(pip)}/pip "
         "--disable-pip-version-check --no-input --no-cache-dir install --quiet --no-deps "
         f"{'--force-reinstall ' if twice else ''}{source} {wanted} || c=$?\n"
-        f'if [ "$c" = 0 ]; then :\n{after}fi\n'
+        f'if [ "$c" = 0 ]; then\nrm -f "$P"/{PROOF}\n{after}fi\n'
         f'if [ "$c" -lt 128 ]; then sync -f "$P"; mv -f "$P"/{ASIDE} "$P"/{STAMP}; fi\nexit "$c"\n'
     )
 

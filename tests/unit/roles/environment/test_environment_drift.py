@@ -302,9 +302,27 @@ def test_a_pinned_package_may_differ_from_the_archives() -> None:
     )
     folders = {*right().distributions, "protobuf-3.20.3.dist-info", "Protobuf-5.dist-info"}
     seen = replace(right(), distributions=frozenset(folders))
-    found = drift(target(section=section), state(seen), {})
-    assert [finding.id for finding in found] == ["environment-unproved"]
+    assert drift(target(section=section), state(seen), {}) == []
     assert ids(seen) == ["environment-changed"]  # once the pin has left the file
+
+
+def test_a_pin_that_is_not_met_any_more_is_no_matter_of_the_environments_proof() -> None:
+    section = Environments.model_validate(
+        {"llm": {"archive": "/a.tar", "pins": {"protobuf": "3.20.3"}, "wheels": "/w"}}
+    )
+    (one,) = section.each()
+    seen, met = right(), "protobuf-3.20.3.dist-info"
+    key = prove.key(seen.stamp, [*seen.distributions, met], seen.interpreter, wanted_proof(one))
+    proof = json.dumps({"archive": ARCHIVE.sha256, "ok": True, "key": key, "pinned": [met]})
+    for there in ([met], ["protobuf-5.29.dist-info"], [met, "protobuf-5.29.dist-info"], []):
+        folders = frozenset({*seen.distributions, *there})
+        now = state(replace(seen, proof=proof, distributions=folders))
+        assert drift(target(section=section), now, {}) == []
+    more = frozenset({*seen.distributions, met, "lockstep_trainer-1.dist-info"})
+    changed = replace(seen, proof=proof, distributions=more, interpreter="100 201")
+    assert [f.id for f in drift(target(section=section), state(changed), {})] == [
+        "environment-unproved"
+    ]
 
 
 def test_the_trainers_own_version_does_not_touch_the_proof() -> None:
