@@ -120,13 +120,18 @@ def drift(target: Target[NcclSpec], state: NcclState, peers: Peers) -> list[Find
 
 def _findings(target: Target[NcclSpec], state: NcclState) -> Iterator[Finding]:
     wheels = wheels_in(archive_folders(target.spec, target.cluster))
+    section = target.cluster.section("environments", Environments)
+    if (
+        section is not None and section.manage == "unmanaged"
+    ):  # else what was added goes with the tree
+        wheels = wheels_in(state.distributions)
     if len(wheels) > 1:
         both = " and ".join(f"{name} {version}" for name, version in sorted(wheels.items()))
         yield Finding(
             "nccl-two-wheels",
             "one nvidia-nccl-cu* distribution in the environment",
             f"{both}: they write the same files, and the last one wins",
-            "make the archive anew with the one that torch requires: uninstall both, then install that one",
+            "uninstall both, install the one that torch requires, and make the archive anew",
             repairable=False,
         )
     want = wanted(target, state)

@@ -178,6 +178,29 @@ def test_a_recorded_look_is_judged(name: str) -> None:
     assert [finding.id for finding in role.drift(one, recorded(name), {})] == expected[name]
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("el9-right", []),
+        ("el9-upgraded", ["driver-package", "kernel-headers-missing", "driver-next-boot"]),
+    ],
+)
+def test_a_recorded_look_at_an_rpm_node_is_judged(name: str, expected: list[str]) -> None:
+    packages = {"nvidia-dkms": f"{V}-1"}
+    one = target(WITHOUT, flavour="open", nodes=["node1"], packages=packages)
+    state = recorded(name)
+    now = role.drift(one, state, {})
+    assert [finding.id for finding in now] == expected
+    commands = [
+        step.command for step in role.converge(one, state, {}, now) if isinstance(step, Shell)
+    ]
+    if expected:
+        headers, package, build, _ = commands
+        assert "install kernel-devel-6.1.0-56.el9.x86_64" in headers
+        assert f"install nvidia-dkms-{V}-1" in package and f"nvidia-dkms-0:{V}-1" not in package
+        assert "if command -v update-initramfs" in build and "dracut -f --kver" in build
+
+
 def test_a_cut_or_garbled_look_is_unreadable_and_never_right() -> None:
     text = (RECORDED / "composed-hgx.txt").read_text().strip("\n")
     lines = text.split("\n")

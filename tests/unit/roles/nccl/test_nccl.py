@@ -280,6 +280,14 @@ def test_two_wheels_in_the_archive_are_for_the_user_whatever_is_declared(
     assert ids(RIGHT, "main", version=V18) == ["nccl-two-wheels"]
 
 
+def test_two_wheels_in_an_environment_that_nobody_manages_are_named_too() -> None:
+    both = frozenset(["nvidia_nccl_cu11-2.14.3.dist-info", "nvidia_nccl_cu12-2.18.1.dist-info"])
+    alone = target("main", manage="unmanaged", version=V18)
+    state = replace(RIGHT, distributions=both)
+    assert [f.id for f in role.drift(alone, state, {})] == ["nccl-two-wheels"]
+    assert [f.id for f in role.drift(target("main", version=V18), state, {})] == []
+
+
 # --- other libraries ---
 
 
