@@ -80,10 +80,19 @@ def drift(target: Target[LimitsSpec], state: LimitsState, peers: Peers) -> list[
     # login, and systemd starts services with something else.
     refused = list(_not_grantable(spec, state))
     return [
-        *(refused or [*_limits(spec, state), *services_drift(spec, state.system)]),
+        *(refused or _limits(spec, state)),
+        *(services_drift(spec, state.system) if _services_may(spec, state) else ()),
         *_shared_memory(spec, state),
         *sysctl_drift(spec, state.system),
     ]
+
+
+def _services_may(spec: LimitsSpec, state: LimitsState) -> bool:
+    """Whether systemd can give services what is declared; sshd has it too, from its next start."""
+    values = {item: kernel_value(item, value) for item, value in declared(spec).items()}
+    return values.get("nofile", 0) <= state.nr_open and (
+        state.may_raise or all(value <= state.init[item].hard for item, value in values.items())
+    )
 
 
 def reading(item: str) -> Callable[[LimitsState], str | None]:
@@ -164,6 +173,8 @@ def _not_grantable(spec: LimitsSpec, state: LimitsState) -> Iterator[Finding]:
         ):
             most, cause = state.granted[item].hard, "the limit of sshd, which may not raise it here"
             remedy = "start this container with a higher limit"
+            if value <= state.init[item].hard:
+                remedy = f"restart sshd, as process 1 has {_words(item, state.init[item].hard)}"
         if cause:
             yield Finding(
                 "limit-not-grantable",

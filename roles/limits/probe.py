@@ -68,6 +68,7 @@ class LimitsState:
     """login: limits of this look's own login; None where it did not come through sshd.
 
     granted: what sshd itself has; without the right to raise (may_raise), no login gets more.
+    init: what process 1 has, and so the most that sshd can have after a new start.
     nr_open: the kernel's most for open files. memory: the node's memory in bytes.
     lines: every line of limits.conf and limits.d. pam: service to whether pam_limits is in its
     session stack; a service that the node does not have is absent.
@@ -88,6 +89,7 @@ class LimitsState:
     fstab: tuple[str, ...]
     system: SystemState = field(default_factory=SystemState)
     undoing: bool = False
+    init: Mapping[str, Limit] = field(default_factory=dict)
 
 
 def probe(target: Target[LimitsSpec]) -> str:
@@ -117,6 +119,7 @@ for f in run/lockstep-limits.*/run; do if test -e "$f"; then echo undoing yes; b
 if test -d dev/shm; then stat -f -c 'shm %b %f %S' dev/shm || exit 3; else echo shm 0 0 4096; fi
 for f in @settings@; do if test -e "$f" && ! test -w "$f"; then printf 'fixed\t%s\n' "$f"; fi; done
 set -- proc/mounts proc/meminfo proc/sys/fs/nr_open proc/self/uid_map proc/$listener/status proc/$listener/limits
+if test "$listener" != 1; then set -- "$@" proc/1/limits; fi
 if test -n "$login"; then set -- "$@" "proc/$login/limits"; fi
 for f in @settings@ @own@ etc/fstab etc/security/limits.conf etc/security/limits.d/*.conf \
   etc/pam.d/sshd etc/pam.d/sudo etc/pam.d/common-session etc/pam.d/common-session-noninteractive \
@@ -183,6 +186,7 @@ def parse(text: str) -> LimitsState:
         fstab=tuple(files.get("etc/fstab", ())),
         system=parse_system(files),
         undoing="undoing" in own,
+        init=_limits(files["proc/1/limits"]),
     )
 
 

@@ -110,6 +110,16 @@ def test_what_no_login_can_have_is_not_given_to_services_either() -> None:
     assert "services-limits" in ids(BARE, services=True)
 
 
+def test_where_only_sshd_has_less_than_process_1_services_get_it_and_sshd_is_to_be_restarted() -> (
+    None
+):
+    low = replace(BARE, granted={**BARE.granted, "nofile": Limit(1024, 2048)})
+    first, *rest = found(low, services=True)
+    assert first.id == "limit-not-grantable" and "restart sshd" in first.fix
+    assert "services-limits" in [finding.id for finding in rest]
+    assert first.id not in ids(BARE, services=True)
+
+
 def test_the_identity_table_shows_what_a_login_gets() -> None:
     shown = {fact.name: (fact.rule, fact.read(recorded("el9"))) for fact in role.facts}
     assert shown == {
