@@ -134,7 +134,9 @@ def mending(spec: PackagesSpec, unpacked_badly: Sequence[str]) -> Shell:
     return Shell(PATIENCE + _APT_PREAMBLE + "\n".join(lines), INSTALL_SECONDS)
 
 
-# Of two versions of one package the higher stays: a cut upgrade was for it. rpm -V names files that are missing or altered; configuration (c), documents (d) and ghosts (g) may be.
+# Of two versions of one package the higher stays: a cut upgrade was for it. rpm -V names files that
+# are missing or altered; configuration (c), documents (d) and ghosts (g) may be. Looked at are the
+# declared packages, and those of the last transaction, whichever role's it was.
 _MEND_RPM = rf"""
 database=$(rpm --eval '%_dbpath')
 if ! timeout 10 rpm -q rpm >/dev/null 2>&1; then
@@ -148,8 +150,10 @@ twice=$(rpm -qa --qf '%{{NAME}}.%{{ARCH}} %{{EPOCHNUM}}:%{{VERSION}}-%{{RELEASE}
   sort -k 1,1 -k 2,2V | awk '/^({"|".join(INSTALLED_BESIDE)})/ {{ next }} $1 == last {{ print old, name }} {{ last = $1; old = $3; name = $4 }}')
 printf '%s
 ' "$twice" | while read -r old name; do test -z "$old" || rpm -e --nodeps --noscripts "$old"; done
+latest=$(rpm -qa --qf '%{{INSTALLTID}} %{{NAME}}\n' | sort -n |
+  awk '$1 != last {{ last = $1; names = "" }} {{ names = names " " $2 }} END {{ print names }}')
 bad=
-for name in $wanted $(printf '%s
+for name in $wanted $latest $(printf '%s
 ' "$twice" | awk '{{ print $2 }}' | sort -u); do
   rpm -q "$name" >/dev/null || continue
   lost=$(rpm -V --nodeps --noscripts --nomtime --nomode --nouser --nogroup --nocaps "$name" |
