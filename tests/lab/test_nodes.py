@@ -1,4 +1,4 @@
-"""Three nodes without a job: other interfaces, three firewalls, a node that leaves and returns, another port.
+"""Three nodes of two families, without a job: other interfaces, three firewalls, a node that leaves and returns, another port.
 
 In this order; the nodes are these tests' own, and each test goes on from what the one before it left.
 """
@@ -53,7 +53,9 @@ def site() -> Iterator[Site]:
 
 def up(lab: Site, write: Path) -> None:
     packages = [word for name in PACKAGES for word in ("--package", name)]
-    done = lab.lockstep("lab", "up", "--nodes", "3", "--write", str(write), *packages)
+    done = lab.lockstep(
+        "lab", "up", "--nodes", "3", "--os", "mixed", "--write", str(write), *packages
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -125,12 +127,12 @@ def test_the_interface_with_the_address_is_found_among_bridges_whatever_it_is_ca
 
 
 SHUT: dict[str, str] = {
-    "node1": "apt-get install -qy firewalld; firewall-cmd -q --state",
-    "node2": "nft 'add table inet site; add chain inet site input "
+    "node1": "apt-get install -qy ufw; ufw allow 22/tcp; ufw --force enable",
+    "node2": "dnf install -qy firewalld; systemctl enable -q --now firewalld; firewall-cmd -q --state",
+    "node3": "nft 'add table inet site; add chain inet site input "
     "{ type filter hook input priority 0; policy drop; }'\n"
     "for rule in 'iif lo accept' 'ct state established,related accept' 'tcp dport 22 accept'; do\n"
     '  nft "add rule inet site input $rule"; done',
-    "node3": "apt-get install -qy ufw; ufw allow 22/tcp; ufw --force enable",
 }
 GATE = """#!/bin/sh
 test ! -e /etc/firewalld/ipsets/lockstep.xml || exit 1
@@ -245,8 +247,8 @@ def test_a_node_is_entered_on_its_own_port_from_everywhere(site: Site) -> None:
     site.shell(
         "node2",
         "mkdir -p /etc/ssh/sshd_config.d; echo 'Port 2222' >/etc/ssh/sshd_config.d/05-port.conf; "
-        "systemctl restart ssh; "
-        "! nft list table inet site 2>/dev/null || nft add rule inet site input tcp dport 2222 accept",
+        "if systemctl -q is-active firewalld; then firewall-cmd -q --permanent --add-port=2222/tcp; "
+        "firewall-cmd -q --reload; fi; systemctl restart sshd",
     )
     assert site.verify()["verdict"] == "unreadable"
     declared = nodes(site)
