@@ -30,6 +30,17 @@ def test_a_written_file_has_exactly_the_text_and_mode_and_the_first_version_is_k
     assert sorted(each.name for each in path.parent.iterdir()) == ["file", "file.before-lockstep"]
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="files are given to root")
+def test_a_written_file_gets_its_own_label_back_where_selinux_is_on(tmp_path: Path) -> None:
+    restorecon = tmp_path / "restorecon"
+    restorecon.write_text(f'#!/bin/sh\necho "$1" >> {tmp_path}/said; exit 1\n')
+    restorecon.chmod(0o755)
+    write = write_file(str(tmp_path / "file"), "text\n")
+    for switch in (tmp_path / "none", tmp_path):
+        sh(f"PATH={tmp_path}:$PATH\n{write.replace('/sys/fs/selinux/enforce', str(switch))}")
+    assert (tmp_path / "said").read_text() == f"{tmp_path}/file\n"
+
+
 def test_a_block_is_added_at_the_end_and_replaced_in_place() -> None:
     first = managed_block("a\n", "hosts", ["x"])
     assert first == "a\n# lockstep hosts: begin\nx\n# lockstep hosts: end\n"
