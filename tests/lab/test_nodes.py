@@ -18,6 +18,7 @@ import yaml
 
 from tests.lab.site import BIN, Site
 
+pytestmark = pytest.mark.slow
 STATE = Path("/var/lib/lockstep-lab-tests-nodes")
 NAMES = ("node1", "node2", "node3")
 PACKAGES = ("firewalld", "ufw", "nftables")
@@ -142,7 +143,6 @@ test ! -e /etc/firewalld/ipsets/lockstep.xml || exit 1
 """Lets nobody in while a rule of Lockstep is there: such a rule has shut the login out."""
 
 
-@pytest.mark.slow
 def test_a_change_after_which_nobody_can_log_in_undoes_itself(site: Site) -> None:
     for name, script in SHUT.items():
         site.shell(name, f"{script} >/dev/null 2>&1")
@@ -173,7 +173,6 @@ def gate_open(lab: Site, name: str) -> bool:
     ).returncode == 0 and "lockstep-network" not in lab.shell(name, "ls /run")
 
 
-@pytest.mark.slow
 def test_firewalld_nftables_and_ufw_let_the_other_nodes_in_and_nobody_else(
     site: Site,
 ) -> None:
