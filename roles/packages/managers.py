@@ -113,7 +113,9 @@ def dnf_trial(spec: PackagesSpec, *words: str) -> str:
 # says below an upgraded one which it replaces, by the same name.
 TRIAL = rf"""
 trial() {{
-  timeout {LOCK_SECONDS + 240} "$dnf" "$@" </dev/null 2>/dev/null | awk '
+  code=0; said=$(timeout {LOCK_SECONDS + 240} "$dnf" "$@" </dev/null 2>/dev/null) || code=$?
+  test $code != 124 || {{ echo "$dnf did not say what it would remove: nothing was changed" >&2; exit 1; }}
+  printf '%s\n' "$said" | awk '
     /^[A-Z].*:$/ {{ going = /^Removing/ }}
     /^$/ {{ going = 0 }}
     /^ [^ ]/ {{ if (going) print $1; new = $1 }}

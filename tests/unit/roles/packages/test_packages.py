@@ -233,6 +233,7 @@ def installed(
         (binaries / name).chmod(0o755)
     step = installing(PackagesSpec(local=LOCAL), manager, asked.pop("names", ["chrony"]), **asked)
     command = step.command.replace("/usr/sbin/policy-rc.d", f"{tmp_path}/policy")
+    command = command.replace("/var/lib/lockstep", f"{tmp_path}/lockstep")
     done = subprocess.run(
         ["sh", "-c", f"set -e\n{command}"],
         env={**os.environ, "PATH": f"{binaries}:/usr/bin:/bin"},
@@ -319,6 +320,15 @@ def test_an_installation_with_dnf_that_would_remove_or_replace_is_refused(
     done, calls = installed(tmp_path, dnf_that_says(DNF_TABLE), "rpm", instead_of=allowed)
     assert done.returncode == 1 and "would remove" in done.stderr
     assert all("--assumeno" in call for call in calls)
+
+
+def test_an_installation_is_not_tried_when_dnf_does_not_say_what_it_would_remove(
+    tmp_path: Path,
+) -> None:
+    late = {"timeout": "exit 124", "dnf": ":", "rpm": ":"}
+    done, calls = installed(tmp_path, late, "rpm")
+    assert done.returncode == 1 and "did not say" in done.stderr
+    assert [call.split()[0] for call in calls] == ["timeout"]
 
 
 def test_an_installation_with_dnf_takes_the_declared_source_alone(tmp_path: Path) -> None:
