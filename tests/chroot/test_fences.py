@@ -17,7 +17,6 @@ import pytest
 
 from deploy.lab.repository import write_index
 from roles.core.steps import write_file
-from roles.packages.drift import source_text
 from roles.packages.fences import (
     LOCKS,
     Installed,
@@ -26,7 +25,8 @@ from roles.packages.fences import (
     open_fence,
     parse_installed,
 )
-from roles.packages.managers import APT_SOURCE, REPOSITORY, RPM_SOURCE
+from roles.packages.managers import SOURCES
+from roles.packages.sources import source_text
 from roles.packages.spec import PackagesSpec
 
 pytestmark = pytest.mark.slow
@@ -172,9 +172,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         rpm.sh("createrepo_c --quiet /srv/repo")
         for lost in (f"{NAMES[1]}_{LOST}_all.deb", f"noarch/{NAMES[1]}-{LOST}.noarch.rpm"):
             (repository / lost).unlink()
-        rpm.sh(write_file(APT_SOURCE, source_text("/srv/repo") or "", backup=False))
-        source = f"[{REPOSITORY}]\nname=local\nbaseurl=file:///srv/repo\ngpgcheck=0\nenabled=1\n"
-        rpm.sh(write_file(RPM_SOURCE, source, backup=False))
+        for manager, path in SOURCES.items():
+            rpm.sh(write_file(path, source_text(SPEC, manager) or "", backup=False))
         yield root
     finally:
         for name in ("proc", "dev"):
