@@ -49,7 +49,7 @@ class Row:
 
 def cases(nodes: Mapping[str, Family] = NODES) -> list[Case]:
     """Every fault once on each family that has a node where it can be injected. The head comes first."""
-    found = []
+    found: list[Case] = []
     for name, fault in faults.read().items():
         for family in fault.os:
             fitting = [

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from trainer_runs import cache, job, text
+from tests.trainer.trainer_runs import cache, job, text
 
 __all__ = ["cache", "job", "text"]

@@ -22,6 +22,7 @@ from trainer.corpus import Corpus, DamagedCacheError, prepare
 from trainer.data import plan
 from trainer.errors import TrainerError
 from trainer.reader import check
+from trainer.text import pieces
 
 TRAIN = {"train": {"vocab_size": 400}}
 
@@ -185,7 +186,7 @@ def test_a_remembered_hash_does_not_hide_a_change(
 ) -> None:
     text, cache = two
     later = time.time() + 3600
-    monkeypatch.setattr(corpus.time, "time", lambda: later)
+    monkeypatch.setattr(time, "time", lambda: later)
     build(cache, text)
     remembered = json.loads((cache / "hashes.json").read_text())
     assert len(remembered) == 2
@@ -375,10 +376,9 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
     two: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text, cache = two
-    real = corpus.pieces
 
     def growing(path: Path, *rest: Any) -> Any:
-        yield from real(path, *rest)
+        yield from pieces(path, *rest)
         with path.open("a") as stream:
             stream.write("more")
 

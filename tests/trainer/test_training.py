@@ -18,8 +18,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from trainer_runs import PATIENCE, ROOT, Job
 
+from tests.trainer.trainer_runs import PATIENCE, ROOT, Job
 from trainer import export
 from trainer.errors import StoppedError
 from trainer.reader import load

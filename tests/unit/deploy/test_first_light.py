@@ -15,6 +15,7 @@ import yaml
 import deploy.verify
 from deploy import first_light
 from deploy.first_light import QuickstartError, Seen, fell, follow, gather_text, new_job, read_run
+from deploy.lab import lab
 from deploy.lab.errors import LabError
 from inventory.job import load_job
 from roles.verify import Report
@@ -192,8 +193,8 @@ def quickstart(
         seen = Seen([record(1, losses[0]), record(60, losses[1])], {"step": 60})
         monkeypatch.setenv("LOCKSTEP_LAB", str(tmp_path / "lab"))
         monkeypatch.setenv("LOCKSTEP_CLUSTER", "")
-        monkeypatch.setattr(first_light.lab, "own_umask", lambda: None)
-        monkeypatch.setattr(first_light.lab, "up", part("up"))
+        monkeypatch.setattr(lab, "own_umask", lambda: None)
+        monkeypatch.setattr(lab, "up", part("up"))
         monkeypatch.setattr(first_light, "gather_text", part("text", 2_000_000))
         monkeypatch.setattr(first_light, "converge", part("converge"))
         monkeypatch.setattr(first_light, "follow", part("follow", seen))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.lab import cli, commands, lab, requirements
+from deploy.lab import cli, commands, lab, network, requirements
 from deploy.lab import node as nodes
 from deploy.lab.__main__ import main
 from deploy.lab.errors import LabError
@@ -171,7 +171,7 @@ def test_a_lab_that_is_up_does_not_change_its_system(
     (paths.nodes / "node2/node.json").write_text('{"base": "base-1"}')
     save_record(paths, Record(7, os="mixed"))
     monkeypatch.setattr(lab, "read_host", lambda: None)
-    monkeypatch.setattr(lab.network, "links", list)
+    monkeypatch.setattr(network, "links", list)
     monkeypatch.setattr(nodes, "check_overlay", lambda paths: None)
     assert main(["up", "--os", "rpm", "--write", str(as_root / "c.yaml")]) == 2
     said = capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from pathlib import Path
 
 import pytest
@@ -303,7 +304,7 @@ def test_nothing_of_apt_or_dpkg_is_left_in_the_image(
     link.parent.mkdir(parents=True)
     link.symlink_to("/lib/systemd/system/absent.service")
     monkeypatch.setattr(rpm_image, "enter_packages", lambda root, status, log: None)
-    monkeypatch.setattr(rpm_image.shutil, "chown", lambda path, group: None)
+    monkeypatch.setattr(shutil, "chown", lambda path, group: None)
     rpm_image.turn(root, tmp_path / "status", tmp_path / "log")
     assert not files_of(root) & gone.keys()
     assert not link.is_symlink()

@@ -24,8 +24,7 @@ from roles import converge as converging
 from roles.converge import Run
 from roles.core import session
 from roles.core.role import Fact, Finding, Peers, Role, Rule, Target, Unreadable
-from roles.core.steps import Shell, Step
-from roles.core.upload import Upload
+from roles.core.steps import Shell, Step, Upload
 from roles.verify import EXIT_CODES, Report, judge, report
 
 NAMES = ("node1", "node2")

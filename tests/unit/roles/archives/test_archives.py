@@ -9,7 +9,9 @@ import pytest
 
 from inventory.base import Spec
 from inventory.cluster import Cluster, Node
-from roles.archives import ArchivesState, converge, drift, parse, probe
+from roles.archives.converge import converge
+from roles.archives.drift import drift
+from roles.archives.probe import ArchivesState, parse, probe
 from roles.core.role import Target, Unreadable
 from roles.core.steps import Upload
 from roles.environment.archive import Archive, ArchiveProblem

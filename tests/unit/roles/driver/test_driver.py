@@ -476,7 +476,8 @@ def test_nothing_is_built_for_a_gpu_that_cannot_use_it() -> None:
     )
     classes = {"a100": {"flavour": "proprietary"}}
     assert "driver-unfit" not in ids(state, flavour="open", classes=classes)
-    assert generation(0x1DB6).name == "Volta"  # type: ignore[union-attr]
+    volta = generation(0x1DB6)
+    assert volta is not None and volta.name == "Volta"
 
 
 def test_a_driver_too_old_for_the_cuda_of_torch_is_named() -> None:

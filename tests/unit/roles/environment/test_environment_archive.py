@@ -8,6 +8,7 @@ import subprocess
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -15,6 +16,7 @@ from roles.environment import archive
 from roles.environment.archive import ArchiveProblem, describe, read
 
 Entry = tuple[str, str]  # name, and content, or "-> target"
+TarMode = Literal["w", "w:gz", "w:bz2", "w:xz"]
 
 VENV: list[Entry] = [
     ("bin/python", "-> python3"),
@@ -32,8 +34,8 @@ CONDA: list[Entry] = [
 ]
 
 
-def pack(path: Path, entries: Iterable[Entry], mode: str = "w") -> Path:
-    with tarfile.open(path, mode) as tar:  # type: ignore[call-overload]
+def pack(path: Path, entries: Iterable[Entry], mode: TarMode = "w") -> Path:
+    with tarfile.open(path, mode) as tar:
         for name, content in entries:
             member = tarfile.TarInfo(name)
             if content.startswith("-> "):
@@ -100,7 +102,7 @@ def test_the_outermost_environment_is_meant_when_one_lies_in_another(tmp_path: P
     ("mode", "ending"), [("w:gz", "tar.gz"), ("w:bz2", "tar.bz2"), ("w:xz", "tar.xz")]
 )
 def test_compression_is_known_by_content_not_by_name(
-    tmp_path: Path, mode: str, ending: str
+    tmp_path: Path, mode: TarMode, ending: str
 ) -> None:
     assert read(pack(tmp_path / "misnamed.tar", VENV, mode)).ending == ending
 
@@ -147,7 +149,9 @@ def test_what_is_no_environment_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz", "w:xz", "zst"])
-def test_a_cut_archive_is_found_before_it_travels(tmp_path: Path, mode: str) -> None:
+def test_a_cut_archive_is_found_before_it_travels(
+    tmp_path: Path, mode: TarMode | Literal["zst"]
+) -> None:
     entries = [
         *VENV,
         ("lib/python3.11/site-packages/big", "".join(chr(33 + i * i % 90) for i in range(90_000))),

@@ -15,20 +15,12 @@ from inventory.base import Spec
 from inventory.cluster import Cluster, Node
 from roles.core.role import Finding, Target, Unreadable
 from roles.core.steps import Shell, Upload
-from roles.environment import (
-    Environments,
-    EnvironmentState,
-    converge,
-    drift,
-    mend,
-    parse,
-    probe,
-    prove,
-    role,
-)
+from roles.environment import mend, prove, role
 from roles.environment.archive import Archive, ArchiveProblem
-from roles.environment.drift import wanted_proof, wanted_stamp
-from roles.environment.probe import Command, Seen
+from roles.environment.converge import converge
+from roles.environment.drift import drift, wanted_proof, wanted_stamp
+from roles.environment.probe import Command, EnvironmentState, Seen, parse, probe
+from roles.environment.spec import Environments
 from roles.storage.spec import StorageSpec
 
 RECORDED = Path(__file__).with_name("recorded")

@@ -11,8 +11,10 @@ import pytest
 from inventory.cluster import Cluster, Node
 from roles.core.role import Target, Unreadable
 from roles.core.steps import Shell
-from roles.hosts import HostsSpec, HostsState, converge, drift, parse, probe
-from roles.hosts.drift import right_text
+from roles.hosts.converge import converge
+from roles.hosts.drift import drift, right_text
+from roles.hosts.probe import HostsState, parse, probe
+from roles.hosts.spec import HostsSpec
 
 NODES = {
     name: Node(name=name, address=f"10.77.0.1{number}")

@@ -22,7 +22,7 @@ from roles.job.drift import drift, new_launch, new_plan
 from roles.job.plan import Here, Launch, compose
 from roles.job.probe import Attempt, JobState
 from roles.job.spec import JobSpec
-from trainer.evidence import write_json
+from trainer.files import write_json
 from trainer.reader import load
 
 from .conftest import PLAN, fresh, view
@@ -52,7 +52,8 @@ def test_the_others_read_the_first_nodes_plan(target: Make) -> None:
     found = list(converge(target("node2"), fresh("node2"), {"node1": planned}, []))
     assert [type(step) for step in found] == [Meet, Meet, Shell, Meet, Shell]
     launch = new_launch(target("node2"), fresh("node2"), plan)
-    assert found[2] == Shell(start(launch), seconds=found[2].seconds)  # type: ignore[union-attr]
+    assert isinstance(found[2], Shell)
+    assert found[2] == Shell(start(launch), seconds=found[2].seconds)
 
 
 def test_all_nodes_meet_at_the_same_points(target: Make) -> None:

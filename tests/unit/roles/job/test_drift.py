@@ -97,7 +97,7 @@ def test_a_node_that_is_not_the_jobs_is_left_alone(target: Make, cluster: Cluste
 def test_a_changed_job_file_is_named_by_its_keys(target: Make, cluster: Cluster) -> None:
     assert cluster.job is not None
     job = check_job(load_job(cluster.job), cluster)
-    declared = {"fingerprint": "of another", "job": resolved(job)}
+    declared: dict[str, Any] = {"fingerprint": "of another", "job": resolved(job)}
     other = {**declared["job"], "env": {"OMP_NUM_THREADS": "1"}}
     other["trainer"] = {**other["trainer"], "steps": 11}
     for looks in (
@@ -200,22 +200,23 @@ def test_the_job_files_own_variables_reach_the_launch(target: Make) -> None:
     assert launch.run == RUN
 
 
-def said(target: Target[JobSpec], dry: bool = False, **looks: JobState) -> list[str]:
-    own = looks.pop(target.node.name)
-    return [line for line, _ in remarks(target, own, looks, dry)]
+def said(target: Target[JobSpec], looks: Mapping[str, JobState], dry: bool = False) -> list[str]:
+    peers = dict(looks)
+    own = peers.pop(target.node.name)
+    return [line for line, _ in remarks(target, own, peers, dry)]
 
 
 def test_a_dry_run_shows_the_launch_of_every_node(target: Make) -> None:
     looks = {"node1": fresh("node1"), "node2": fresh("node2")}
     for rank, name in enumerate(looks):
-        lines = said(target(name), dry=True, **looks)
+        lines = said(target(name), looks, dry=True)
         assert f"--node-rank {rank} " in lines[-1]
         assert "MASTER_ADDR=10.0.0.1" in lines
-    assert said(target(), **looks) == [], "a real run starts it instead"
+    assert said(target(), looks) == [], "a real run starts it instead"
 
 
 def test_a_dry_run_without_a_peer_says_what_it_cannot_show(target: Make) -> None:
-    assert said(target(), dry=True, node1=fresh("node1")) == [
+    assert said(target(), {"node1": fresh("node1")}, dry=True) == [
         "the launch cannot be shown, because node2 cannot be read"
     ]
 
@@ -226,13 +227,13 @@ def test_why_a_job_failed_is_said_once_and_how_to_go_on(target: Make) -> None:
         "node1": view("node1", attempt=attempt),
         "node2": view("node2", units=(), attempt=attempt),
     }
-    lines = said(target("node1"), **looks)
+    lines = said(target("node1"), looks)
     assert lines == [
         "job light failed: node2, rank 1: ValueError: x; logs in /shared/runs/light/attempts/2; "
         "--data retry=true starts it again",
         "a part of it still runs on node1: lockstep stop light",
     ]
-    assert said(target("node2"), **looks) == []
+    assert said(target("node2"), looks) == []
 
 
 def test_any_running_job_keeps_a_node_busy() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from roles.job.plan import Here, Plan, compose, free_port
+from roles.job.plan import Here, Launch, Plan, compose, free_port
 from roles.job.unit import ENDED, STOP, end, unit_file, word
 
 PLAN = Plan(
@@ -24,7 +24,7 @@ PLAN = Plan(
 )
 
 
-def launch(here: Here, plan: Plan = PLAN, **extra: str):  # type: ignore[no-untyped-def]
+def launch(here: Here, plan: Plan = PLAN, **extra: str) -> Launch:
     return compose(
         plan, here, job="light", run="/shared/runs/light", prefix="/opt/envs/main", extra=extra
     )

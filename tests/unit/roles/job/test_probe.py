@@ -10,7 +10,7 @@ import pytest
 
 from roles.core.role import Unreadable
 from roles.job.probe import ErrorRecord, Exit, Unit, parse, script
-from trainer.evidence import write_json
+from trainer.files import write_json
 
 RECORDED = (Path(__file__).parent / "recorded" / "look.txt").read_text().rstrip("\n")
 

@@ -64,7 +64,8 @@ def test_a_silent_node_is_told_with_its_reason() -> None:
 def test_an_ended_job_has_no_time_left() -> None:
     found = told(seen(metrics=METRICS, complete={"step": 60}, units=(unit("failed"),)))
     assert (found["state"], found["eta_s"]) == ("complete", None)
-    assert found["nodes"][0]["unit"] == "ended"  # type: ignore[index]
+    assert isinstance(found["nodes"], list)
+    assert found["nodes"][0]["unit"] == "ended"
 
 
 def test_a_job_that_never_started_is_told_in_three_lines() -> None:

@@ -100,7 +100,7 @@ def run_of(cluster: Cluster, found: dict[tuple[str, str], Any] | None = None) ->
 
 
 def obstacles(cluster: Cluster, state: FakeState, found: dict[tuple[str, str], Any]) -> list[str]:
-    return run_of(cluster, found).obstacles(JOB, state)  # type: ignore[arg-type]
+    return run_of(cluster, found).obstacles(JOB, state)
 
 
 def test_nothing_holds_a_right_cluster_back(cluster: Cluster, state: FakeState) -> None:
@@ -152,8 +152,8 @@ def test_a_blocked_role_is_told_in_its_own_words(
 ) -> None:
     monkeypatch.setattr(session, "say", lambda *arguments: None)
     run = run_of(cluster)
-    run.block(state.hosts["node1"], "limits", "left alone, because it is Tuesday")  # type: ignore[arg-type]
-    found = run.obstacles(JOB, state)  # type: ignore[arg-type]
+    run.block(state.hosts["node1"], "limits", "left alone, because it is Tuesday")
+    found = run.obstacles(JOB, state)
     assert found == ["node1 is not right in limits: left alone, because it is Tuesday"]
 
 
@@ -171,7 +171,7 @@ POINT = Meet("the plan", seconds=5)
 
 
 def meet(run: Run, host: FakeHost, seconds: int = 5) -> str | None:
-    return run.meet(JOB, host, replace(POINT, seconds=seconds))  # type: ignore[arg-type]
+    return run.meet(JOB, host, replace(POINT, seconds=seconds))
 
 
 def test_nodes_wait_for_the_last_one(cluster: Cluster, state: FakeState) -> None:
@@ -193,7 +193,7 @@ def test_nodes_wait_for_the_last_one(cluster: Cluster, state: FakeState) -> None
 
 def test_nobody_waits_for_a_node_that_is_done(cluster: Cluster, state: FakeState) -> None:
     run = run_of(cluster)
-    run.done(JOB, state.hosts["node2"])  # type: ignore[arg-type]
+    run.done(JOB, state.hosts["node2"])
     assert meet(run, state.hosts["node1"], seconds=3600) == "node2 did not reach the plan"
 
 
@@ -209,7 +209,7 @@ def test_a_node_that_came_and_ended_since_counts_as_there(
 ) -> None:
     run = run_of(cluster)
     assert meet(run, state.hosts["node2"], seconds=0) == "node1 did not reach the plan"
-    run.done(JOB, state.hosts["node2"])  # type: ignore[arg-type]
+    run.done(JOB, state.hosts["node2"])
     assert meet(run, state.hosts["node1"]) is None
 
 
@@ -219,9 +219,9 @@ def test_the_wait_is_bounded(cluster: Cluster, state: FakeState) -> None:
 
 def test_absence_is_told_apart(state: FakeState) -> None:
     node = state.hosts["node1"]
-    assert absence(node) is None  # type: ignore[arg-type]
+    assert absence(node) is None
     state.limit = {"node2"}
-    assert absence(node) == "is left out by --limit"  # type: ignore[arg-type]
+    assert absence(node) == "is left out by --limit"
 
 
 def test_a_job_of_the_command_line_replaces_the_cluster_files(
@@ -232,7 +232,7 @@ def test_a_job_of_the_command_line_replaces_the_cluster_files(
     other.write_text(cluster.job.read_text().replace("name: light", "name: other"))
     monkeypatch.chdir(tmp_path)
     state.data = {"job": "other.yaml", "retry": True}
-    found = asked(cluster, state)  # type: ignore[arg-type]
+    found = asked(cluster, state)
     assert found.job == other
     assert found.options["retry"] is True
     assert cluster.options == {}
@@ -250,5 +250,5 @@ def test_a_missing_or_wrong_job_of_the_command_line_is_a_sentence(
         path.write_text(text)
     state.data = {"job": str(path)}
     with pytest.raises(DeployError, match="mine.yaml") as caught:
-        asked(cluster, state)  # type: ignore[arg-type]
+        asked(cluster, state)
     assert sentence in str(caught.value)

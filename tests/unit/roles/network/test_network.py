@@ -266,7 +266,7 @@ def test_rules_for_a_removed_node_go_now_and_for_the_next_boot() -> None:
         ({"boot": (*right, OLD)}, "other rules from the next boot on"),
         ({"boot": ()}, "no rules from the next boot on"),
     ):
-        state = replace(RIGHT, firewall=replace(RIGHT.firewall, **changes))  # type: ignore[arg-type]
+        state = replace(RIGHT, firewall=replace(RIGHT.firewall, **changes))
         (finding,) = found(target(**LAB), state)
         assert finding.id == "firewall-between-nodes" and words in finding.seen
         assert (

@@ -171,6 +171,6 @@ def test_the_transaction_is_valid_shell_and_its_fence_comes_last(path: str | Non
     locks = LockList(path, RIGHT[path]) if path else None
     for manager in ("apt", "rpm"):
         there = {"libnccl": (Package(V20, True),)}
-        step = exactly(PackagesSpec(local="/srv/repo"), manager, BOTH, there, locks)  # type: ignore[arg-type]
+        step = exactly(PackagesSpec(local="/srv/repo"), manager, BOTH, there, locks)
         subprocess.run(["sh", "-n", "-c", step.command], check=True)
-        assert step.command.endswith(closing(manager, BOTH, locks))  # type: ignore[arg-type]
+        assert step.command.endswith(closing(manager, BOTH, locks))

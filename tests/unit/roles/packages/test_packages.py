@@ -278,7 +278,7 @@ def test_apt_mends_what_lacks_a_dependency_before_it_installs(tmp_path: Path) ->
 def test_exact_versions_may_go_down_and_are_written_as_each_manager_wants(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    exact = {"names": [], "versions": {"nvidia-dkms": "535.1-1"}}
+    exact: dict[str, Any] = {"names": [], "versions": {"nvidia-dkms": "535.1-1"}}
     _, calls = installed(tmp_path / "a", apt_that_removes(), **exact)
     assert calls[-1].endswith("--allow-downgrades --no-remove -- nvidia-dkms=535.1-1")
     _, calls = installed(tmp_path / "b", {"dnf": ":", "rpm": ":"}, "rpm", **exact)

@@ -192,7 +192,7 @@ def test_a_source_is_a_section_of_dnfs_with_its_key() -> None:
 def test_keys_are_written_before_the_file_that_names_them_and_left_ones_go(
     manager: Manager,
 ) -> None:
-    declared = {"sources": [MIRROR, CUDA]}
+    declared: dict[str, Any] = {"sources": [MIRROR, CUDA]}
     name = {"apt": "lockstep-mirror.asc", "rpm": "lockstep-cuda.asc"}[manager]
     state = PackagesState(manager, keys={"lockstep-old.asc": "x"})
     findings = found(state, **declared)

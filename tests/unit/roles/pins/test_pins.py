@@ -13,9 +13,10 @@ from roles.core.role import Finding, Target, Unreadable
 from roles.core.steps import Shell, Upload
 from roles.environment.archive import Archive
 from roles.environment.spec import Environments, of_metadata
-from roles.pins import PinsState, converge, drift, parse, probe
+from roles.pins.converge import converge
 from roles.pins.distributions import fits, meets, of_wheel
-from roles.pins.probe import Site
+from roles.pins.drift import drift
+from roles.pins.probe import PinsState, Site, parse, probe
 
 SITE = "/opt/lockstep/envs/llm/lib/python3.11/site-packages"
 NODES = {f"node{n}": Node(name=f"node{n}", address=f"10.0.0.{n}") for n in (1, 2)}

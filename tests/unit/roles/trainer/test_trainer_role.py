@@ -13,9 +13,11 @@ from inventory.cluster import Cluster, Node
 from roles.core.role import Target, Unreadable
 from roles.core.steps import Shell, Upload
 from roles.environment.spec import Environments
-from roles.trainer import TrainerState, converge, drift, parse, probe, role
+from roles.trainer import role
+from roles.trainer.converge import converge
+from roles.trainer.drift import drift
 from roles.trainer.package import Package, package, wheel
-from roles.trainer.probe import Seen
+from roles.trainer.probe import Seen, TrainerState, parse, probe
 from roles.trainer.spec import TrainerSpec
 
 read = package.__wrapped__
