@@ -177,6 +177,7 @@ def _firewalld(addresses: Sequence[str]) -> str:
     for name, family in FIREWALLD_SETS:
         members = [each for each in addresses if (":" in each) == (family == "inet6")]
         if not members and name != COMMENT:
+            lines.append(_without(name))
             continue
         text = (
             '<?xml version="1.0" encoding="utf-8"?>\n<ipset type="hash:ip">\n'
@@ -195,17 +196,18 @@ def _firewalld(addresses: Sequence[str]) -> str:
     return "\n".join([*lines, "firewall-cmd -q --reload"])
 
 
-def _no_firewalld() -> str:
-    return "\n".join(
-        [
-            *(
-                f"firewall-cmd -q --permanent --zone=trusted --remove-source=ipset:{name}\n"
-                f"rm -f /etc/firewalld/ipsets/{name}.xml"
-                for name, _ in FIREWALLD_SETS
-            ),
-            "firewall-cmd -q --reload",
-        ]
+def _without(name: str) -> str:
+    """Shell that takes a set away. A zone that names a set without its file does not load."""
+    return (
+        f"if grep -qs 'ipset=\"{name}\"' /etc/firewalld/zones/trusted.xml; then\n"
+        f"  firewall-cmd -q --permanent --zone=trusted --remove-source=ipset:{name}; fi\n"
+        f"rm -f /etc/firewalld/ipsets/{name}.xml"
     )
+
+
+def _no_firewalld() -> str:
+    gone = [_without(name) for name, _ in FIREWALLD_SETS]
+    return "\n".join([*gone, "firewall-cmd -q --reload"])
 
 
 def firewall_unit() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 import re
 import shlex
 import subprocess
@@ -16,7 +17,13 @@ from inventory.cluster import Cluster, Node
 from roles.core.role import Finding, Target, Unreadable
 from roles.core.steps import NewLogin, Shell
 from roles.network import NetworkSpec, NetworkState, role
-from roles.network.converge import nft_script, take_out, write_conf
+from roles.network.converge import (
+    _firewalld,
+    _no_firewalld,
+    nft_script,
+    take_out,
+    write_conf,
+)
 from roles.network.interfaces import carrying, variables
 from roles.network.names import meant
 from roles.network.probe import Firewall, Setting, parse, probe
@@ -295,7 +302,48 @@ def test_the_undoing_brings_back_what_was_there_before() -> None:
     other = replace(RIGHT, firewall=Firewall("firewalld", frozenset({"10.77.27.99"})))
     assert "<entry>10.77.27.99</entry>" in undoing(other) and "10.77.27.11" not in undoing(other)
     none = replace(RIGHT, firewall=Firewall("firewalld"))
-    assert "--remove-source=ipset:lockstep\nrm -f" in undoing(none)
+    assert (
+        "--remove-source=ipset:lockstep; fi\nrm -f /etc/firewalld/ipsets/lockstep.xml"
+        in undoing(none)
+    )
+
+
+SIX = "fd00::9"
+FIREWALL_CMD = """#!/bin/sh
+case $* in
+  *--query-source=*) grep -q "\\"${4##*:}\\"" zones/trusted.xml ;;
+  *--add-source=*) printf '<source ipset="%s"/>\\n' "${4##*:}" >> zones/trusted.xml ;;
+  *--remove-source=*) sed -i "/\\"${4##*:}\\"/d" zones/trusted.xml ;;
+  *--reload) for set in $(sed 's/.*="\\(.*\\)".*/\\1/' zones/trusted.xml); do test -e "ipsets/$set.xml" || exit 1; done ;;
+esac
+"""
+"""What firewalld does with a zone's sources; it does not load a zone whose set has no file."""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="files are given to root")
+def test_the_last_node_of_ipv6_takes_its_set_of_firewalld_along(tmp_path: Path) -> None:
+    for folder in ("ipsets", "zones"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "firewall-cmd").write_text(FIREWALL_CMD)
+    (tmp_path / "firewall-cmd").chmod(0o755)
+
+    def run(script: str) -> None:
+        text = script.replace("/etc/firewalld", str(tmp_path))
+        argv = ["sh", "-c", f"cd {tmp_path}; PATH={tmp_path}:$PATH; set -e\n{text}"]
+        done = subprocess.run(argv, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+
+    def allowed() -> set[str]:
+        """As the probe sees it."""
+        files = "".join(path.read_text() for path in (tmp_path / "ipsets").iterdir())
+        return set(re.findall("<entry>(.*)</entry>", files))
+
+    (tmp_path / "zones/trusted.xml").touch()
+    for addresses in (["10.0.0.2", SIX], ["10.0.0.2"], [SIX], ["10.0.0.2"]):
+        run(_firewalld(addresses))
+        assert allowed() == set(addresses)
+    run(_no_firewalld())
+    assert allowed() == set() and (tmp_path / "zones/trusted.xml").read_text() == ""
 
 
 @pytest.mark.parametrize("kind", ["firewalld", "ufw"])
