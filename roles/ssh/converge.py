@@ -157,13 +157,14 @@ def comment_out(path: str, numbers: Sequence[int]) -> str:
 
 
 def forget_keys(path: str, lines: Mapping[str, str]) -> str:
-    """Shell that replaces every line that reads exactly so; by an empty one means that it goes."""
+    """Shell that replaces every line that the look showed so; by an empty one means that it goes."""
     pairs = [word for pair in lines.items() for word in pair]
     return rewritten(
         path,
         f"{literal(pairs)} | LC_ALL=C awk '"
         "FNR == NR { if (FNR % 2) line = $0; else instead[line] = $0; next } "
-        '$0 in instead { if (instead[$0] != "") print instead[$0]; next } { print }\' -',
+        r'{ line = $0; gsub(/[\200-\377]/, "?", line) } '
+        'line in instead { if (instead[line] != "") print instead[line]; next } { print }\' -',
     )
 
 

@@ -18,7 +18,7 @@ from inventory.cluster import Cluster, Node, Ssh
 from roles.core.role import Finding, Target, Unreadable
 from roles.core.steps import Shell
 from roles.ssh import role
-from roles.ssh.converge import comment_out, make_key, put_block
+from roles.ssh.converge import comment_out, forget_keys, make_key, put_block
 from roles.ssh.drift import (
     HEADER,
     includes,
@@ -327,6 +327,15 @@ def test_a_key_that_a_node_had_before_is_trusted_no_longer(path: str, tmp_path: 
     )
     assert file.stat().st_mode & 0o777 == 0o640
     assert ids(with_file(state, path, file.read_text()), HEAD) == []
+
+
+def test_a_stale_line_with_letters_beyond_ascii_goes_too(tmp_path: Path) -> None:
+    file = tmp_path / "known_hosts"
+    file.write_text("node2 ssh-ed25519 AAAAold für Jürgen\nelsewhere ssh-ed25519 AAAAold Köln\n")
+    shown = "node2 ssh-ed25519 AAAAold f??r J??rgen"
+    done = sh(forget_keys(str(file), {shown: ""}), tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert file.read_text() == "elsewhere ssh-ed25519 AAAAold Köln\n"
 
 
 def test_only_the_label_that_selinux_complains_of_is_given_back(tmp_path: Path) -> None:
