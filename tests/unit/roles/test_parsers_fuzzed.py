@@ -190,14 +190,13 @@ FOREIGN = (
 @each_answer
 def test_a_message_in_place_of_any_line_never_makes_a_node_right(answer: Answer) -> None:
     lines = answer.text.split("\n")
-    right = judged(answer, answer.text)
     for at, line in enumerate(lines[:-1]):
         if quoted(answer, lines, at) or not line:
             continue
         message = FOREIGN[at % len(FOREIGN)]
         text = "\n".join([*lines[:at], message, *lines[at + 1 :]])
         found = judged(answer, text)
-        assert found is None or (found and found != right) or right, (line, message)
+        assert found is None or found, (line, message)
 
 
 def quoted(answer: Answer, lines: list[str], at: int) -> bool:
