@@ -18,13 +18,14 @@ from roles.network.probe import (
     FIREWALL_UNIT,
     MTU_UNIT,
     NCCL_CONF,
+    UNDOING,
     NetworkState,
     Setting,
 )
 from roles.network.spec import NetworkSpec
 
 UNDO_SECONDS = 60
-KEEP = Shell("rm -f /run/lockstep-network.*/run")
+KEEP = Shell(f"rm -f {UNDOING}")
 
 DATA_FILES = (".nccl.conf", ".deepspeed_env", "/etc/environment")
 """Not read by a shell: a line is taken out whole. Of a script, something must stay where it was, or
@@ -36,6 +37,9 @@ def converge(
 ) -> Iterator[Step]:
     """Files first; then what is guarded by a new login."""
     ids = {finding.id for finding in findings}
+    if "network-undo" in ids:
+        yield NewLogin()
+        yield KEEP
     name = state.interface
     if name is not None and any(finding.want.startswith(f"{KEY}=") for finding in findings):
         yield Shell(write_conf(name))

@@ -25,13 +25,24 @@ SINGLE = re.compile(
 
 
 def drift(target: Target[NetworkSpec], state: NetworkState, peers: Peers) -> list[Finding]:
-    """Findings: no or another interface with the address, nccl.conf, leaks, MTU, the firewall."""
+    """Findings: an unproved change, no or another interface with the address, nccl.conf, leaks, MTU, the firewall."""
     wrong = list(_interface(target, state))
     return [
+        *_undoing(state),
         *(wrong or [*_conf(state), *_mtu(target, state, peers)]),
         *_leaks(target, state),
         *_firewall(target, state),
     ]
+
+
+def _undoing(state: NetworkState) -> Iterator[Finding]:
+    if state.undoing:
+        yield Finding(
+            "network-undo",
+            "an MTU and a firewall that stay as they are",
+            "a change of an interrupted run, which undoes itself within a minute",
+            "the change is kept, once a login succeeds",
+        )
 
 
 def _interface(target: Target[NetworkSpec], state: NetworkState) -> Iterator[Finding]:

@@ -16,10 +16,12 @@ MTU_UNIT = "/etc/systemd/system/lockstep-mtu.service"
 FIREWALL_UNIT = "/etc/systemd/system/lockstep-firewall.service"
 FIREWALL_WANTED = "/etc/systemd/system/multi-user.target.wants/lockstep-firewall.service"
 FIREWALL_SCRIPT = "/usr/local/sbin/lockstep-firewall"
+UNDOING = "/run/lockstep-network.*/run"
+"""What takes a change back, until a fresh login has proved it."""
 COMMENT = "lockstep"
 """By this the rules of a firewall that are Lockstep's own are known."""
 
-SECTIONS = ("own", "addresses", "links", "routes", "files", "firewall")
+SECTIONS = ("own", "undoing", "addresses", "links", "routes", "files", "firewall")
 
 _SETTING = re.compile(
     r"(?:^|[\s;&|(])((?:NCCL_[A-Za-z0-9_]+)|GLOO_SOCKET_IFNAME|TP_SOCKET_IFNAME)="
@@ -80,6 +82,7 @@ class NetworkState:
     routes: a peer's address to the interface that leads there; a peer without a way is absent.
     conf: the settings of /etc/nccl.conf as NCCL reads them, in their order. settings: of other files.
     mtu_unit: the MTU that Lockstep's unit sets at boot. firewall: None where it was not asked for.
+    undoing: an interrupted run left a change that no login proved, and that undoes itself soon.
     """
 
     carriers: Mapping[str, tuple[str, ...]]
@@ -90,6 +93,7 @@ class NetworkState:
     settings: tuple[Setting, ...]
     mtu_unit: int | None = None
     firewall: Firewall | None = None
+    undoing: bool = False
 
     @property
     def mtu(self) -> int | None:
@@ -151,7 +155,7 @@ fi
 
 
 def probe(target: Target[NetworkSpec]) -> str:
-    """Sections, each after a line with its name: addresses, links, routes, files, firewall, end."""
+    """Sections, each after a line with its name; ``undoing`` and ``firewall`` only where there is one."""
     user = target.node.ssh.user
     peers = " ".join(quote(node.address) for node in target.others)
     lines = [
@@ -159,6 +163,7 @@ def probe(target: Target[NetworkSpec]) -> str:
         f"conf={NCCL_CONF} unit={MTU_UNIT} mark={COMMENT.encode().hex()} one=~root two=~{user}",
         f"echo own; echo {quote(target.node.address)}",
         f"echo {quote(target.node.interface)}" if target.node.interface else "",
+        f'for each in {UNDOING}; do if test -e "$each"; then echo undoing; break; fi; done',
         "echo addresses",
         interfaces.SHOW.strip(),
         "echo links",
@@ -211,6 +216,7 @@ def parse(text: str) -> NetworkState:
         settings=settings,
         mtu_unit=unit,
         firewall=_firewall(sections["firewall"]) if "firewall" in sections else None,
+        undoing="undoing" in sections,
     )
 
 

@@ -308,6 +308,26 @@ def test_the_undoing_brings_back_what_was_there_before() -> None:
     )
 
 
+def test_a_change_that_an_interrupted_run_left_unproved_is_kept_after_a_login() -> None:
+    left = replace(RIGHT, undoing=True)
+    assert ids(target(**LAB), left) == ["network-undo"]
+    again, keep = steps(target(**LAB), left)
+    assert isinstance(again, NewLogin) and isinstance(keep, Shell)
+    assert "lockstep-network" in keep.command
+
+
+def test_the_probe_finds_a_change_that_will_undo_itself(tmp_path: Path) -> None:
+    (line,) = (line for line in probe(target()).splitlines() if "undoing" in line)
+    script = line.replace("/run/", f"{tmp_path}/")
+    assert sh(script) == ""
+    waiting = tmp_path / "lockstep-network.a1B2c3"
+    waiting.mkdir()
+    assert sh(script) == ""  # kept already; its folder goes later
+    (waiting / "run").touch()
+    assert parse(CROWDED.replace("addresses\n", f"{sh(script)}addresses\n")).undoing
+    assert not parse(CROWDED).undoing
+
+
 SIX = "fd00::9"
 FIREWALL_CMD = """#!/bin/sh
 case $* in
