@@ -82,9 +82,9 @@ def _with_apt(
     if not instead_of:
         return [*apt_ready(spec), apt(spec, "install", *words, "--no-remove", "--", *names)]
     words += ["--", *names, *(f"{name}-" for name in instead_of)]  # apt's way to say "remove it"
-    dry = apt(spec, "install", "--simulate", *words).removeprefix("patiently ")
-    check = removing_only(instead_of, f"{dry} | awk '/^Remv / {{ print $2 }}'")
-    return [*apt_ready(spec), check, apt(spec, "install", *words)]
+    trial = apt(spec, "install", "--simulate", *words)  # leaves what it printed in $said
+    check = removing_only(instead_of, "printf '%s\\n' \"$said\" | awk '/^Remv / { print $2 }'")
+    return [*apt_ready(spec), trial, check, apt(spec, "install", *words)]
 
 
 def _with_dnf(

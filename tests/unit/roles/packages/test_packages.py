@@ -266,6 +266,15 @@ def test_an_installation_with_apt_that_removes_only_what_may_go_goes_on(tmp_path
     assert calls[-1].endswith("install --no-install-recommends -- chrony systemd-timesyncd-")
 
 
+def test_an_installation_with_apt_whose_dry_run_fails_is_not_begun(tmp_path: Path) -> None:
+    fakes = {
+        "apt-get": "case $* in *--simulate*) echo 'E: Unmet dependencies' >&2; exit 100;; esac"
+    }
+    done, calls = installed(tmp_path, fakes, instead_of=["systemd-timesyncd"])
+    assert done.returncode == 1 and done.stderr.endswith("E: Unmet dependencies\n")
+    assert "--simulate" in calls[-1]
+
+
 def test_apt_mends_what_lacks_a_dependency_before_it_installs(tmp_path: Path) -> None:
     _, calls = installed(tmp_path, apt_that_removes())
     assert [call.rpartition("User=root ")[2] for call in calls] == [
