@@ -43,11 +43,6 @@ class Entry:
         """dkms found the installed file missing or other than the one that it built."""
         return bool(_ALTERED.search(self.note))
 
-    @property
-    def sound(self) -> bool:
-        """Installed, and as it was built."""
-        return self.stage in ("installed", "installed-weak") and not self.altered
-
     def __str__(self) -> str:
         return f"{self.stage}{self.note}"
 

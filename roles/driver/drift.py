@@ -116,7 +116,7 @@ def packages_wrong(wanted: Wanted, state: DriverState) -> dict[str, str]:
 
 
 def header_packages(wanted: Wanted, state: DriverState) -> list[str]:
-    """Packages of headers: of the kernels that a module must be built for, and those that follow."""
+    """Packages of the headers that lack, of kernels that a module must be built for."""
     word = "linux-headers-" if state.manager == "apt" else "kernel-devel-"
     return [
         f"{word}{each.kernel.release}" for each in work(wanted, state) if not each.kernel.headers

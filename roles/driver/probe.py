@@ -16,6 +16,7 @@ from roles.driver.dkms import Entry, parse_status
 from roles.driver.spec import DriverSpec, Flavour
 from roles.environment.spec import Environments
 from roles.packages.fences import LOCKS, Installed, LockList, parse_installed
+from roles.packages.managers import Manager
 
 STAMP = "/var/lib/lockstep/driver-seen"
 BLOCK_FILE = "/etc/modprobe.d/lockstep-nouveau.conf"
@@ -24,7 +25,6 @@ SERVICES = ("nvidia-persistenced.service", "nvidia-fabricmanager.service")
 DRIVER_NAMES = "nvidia|nvidia-open|nvidia-current*|nvidia-tesla*|nvidia-legacy*|nvidia-[0-9]*"
 """Names under which dkms knows the driver, as a shell pattern; nvidia-fs and others are not it."""
 
-Manager = Literal["apt", "rpm"]
 SecureBoot = Literal["off", "on", "enrolled"]
 
 
@@ -215,7 +215,9 @@ if command -v dpkg-query >/dev/null; then
 elif command -v rpm >/dev/null; then
   say manager rpm
   if test -n "$packages"; then
-    rpm -q --qf 'package\tii\t%{NAME}\t%{EPOCHNUM}:%{VERSION}-%{RELEASE}\n' $packages 2>/dev/null | while IFS= read -r f; do
+    f=$(rpm -q --qf 'package\tii\t%{NAME}\t%{EPOCHNUM}:%{VERSION}-%{RELEASE}\n' $packages 2>&1)
+    case $f in *error:*) printf '%s\n' "$f" >&2; exit 3;; esac  # a database that cannot be read lacks nothing
+    printf '%s\n' "$f" | while IFS= read -r f; do
       case $f in package"$tab"*) printf '%s\n' "$f";; esac  # in any language, what is missing has no row
     done
     locks
@@ -258,7 +260,8 @@ if test $container = no; then
     if test -e $f; then f=$(readlink -f $f); say library "${f##*.so.}"; break; fi
   done
   if test -n "$gpus" && command -v systemctl >/dev/null; then
-    systemctl show -p Id,LoadState,ActiveState,UnitFileState,ExecStart SERVICES | while IFS= read -r f; do say unit "$f"; done; say unit ''
+    units=$(systemctl show -p Id,LoadState,ActiveState,UnitFileState,ExecStart SERVICES) || exit 3
+    printf '%s\n' "$units" | while IFS= read -r f; do say unit "$f"; done
     if command -v nvidia-persistenced >/dev/null; then say daemon yes; fi
     if command -v nv-fabricmanager >/dev/null; then say fabric "$(nv-fabricmanager --version 2>/dev/null </dev/null)"; fi
   fi

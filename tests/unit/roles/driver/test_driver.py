@@ -7,6 +7,8 @@ hand in the probe's format, since it needs GPUs.
 from __future__ import annotations
 
 import random
+import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -92,6 +94,10 @@ def test_a_node_without_gpus_is_left_alone_unless_it_is_named() -> None:
     assert probe(target(NODE, nodes=["node2"])) == "echo none; echo end"
 
 
+def sound(entry: Entry) -> bool:
+    return entry.stage.startswith("installed") and not entry.altered
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
@@ -141,7 +147,7 @@ def test_every_dialect_of_dkms_is_read(
     name: str, expected: list[tuple[str, str | None, bool]]
 ) -> None:
     entries = parse_status(statuses()[name])
-    assert [(e.stage, e.kernel, e.sound) for e in entries] == expected
+    assert [(e.stage, e.kernel, sound(e)) for e in entries] == expected
     assert all(e.name.startswith("nvidia") and e.version[0] in "35" for e in entries)
 
 
@@ -163,7 +169,7 @@ def test_cut_or_localised_words_of_dkms_are_never_taken_for_right() -> None:
         except ValueError:
             continue
         assert not any(
-            e.sound and (e.name, e.version, e.kernel) == ("nvidia", V, K) for e in entries
+            sound(e) and (e.name, e.version, e.kernel) == ("nvidia", V, K) for e in entries
         )
 
 
@@ -531,6 +537,38 @@ def test_declared_packages_are_locked_with_their_epoch() -> None:
     without = one(replace(state, locks=None), packages=RPM)
     assert without.id == "driver-unheld" and not without.repairable
     assert "python3-dnf-plugin-versionlock" in without.fix
+
+
+@pytest.mark.parametrize(
+    ("says", "read"),
+    [
+        ("echo 'package kmod-nvidia-open-dkms is not installed'; exit 1", True),
+        (
+            "echo 'error: cannot open Packages index' >&2\n"
+            "echo 'package kmod-nvidia-open-dkms is not installed'; exit 1",
+            False,
+        ),
+    ],
+)
+def test_a_database_of_rpm_that_cannot_be_read_is_not_taken_for_one_without_the_packages(
+    tmp_path: Path, says: str, read: bool
+) -> None:
+    for tool in ("awk", "cat", "od", "readlink", "sha256sum", "sh", "stat"):
+        (tmp_path / tool).symlink_to(str(shutil.which(tool)))
+    for name, text in {"rpm": says, "modinfo": "echo not found; exit 1"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    done = subprocess.run(
+        ["sh", "-c", probe(target(packages=RPM))],
+        env={"PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    if read:
+        state = parse(done.stdout.strip())
+        assert state is not None and state.manager == "rpm" and state.packages == {}
+    else:
+        assert done.returncode == 3 and "cannot open Packages index" in done.stderr
 
 
 def test_another_version_of_a_declared_package_goes_past_the_fence_and_back_when_it_fails() -> None:
