@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import cast
 
 from roles.compiler.spec import CompilerSpec
 from roles.core.role import Target, Unreadable, whole
+from roles.packages.managers import Manager
 
 NAMES = ("gcc", "g++", "cc", "c++")
 """What build systems call: torch and DeepSpeed run c++, nvcc runs gcc."""
@@ -21,8 +22,6 @@ STAMP = "/var/lib/lockstep/compiler-damaged"
 """Where the proof leaves the packages whose files are damaged. It counts until packages change."""
 
 MARK = "# Written by Lockstep; changes are lost."
-
-Manager = Literal["apt", "rpm"]
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from pydantic import AfterValidator
 
 from inventory.base import GpuClass, NodeName, Spec, Strict, Version
 from inventory.cluster import Cluster, Node
+from roles.packages.spec import PackageName
 
 DRIVER_VERSION = re.compile(r"[1-9][0-9]{1,3}(\.[0-9]{1,4}){1,2}")
-PACKAGE = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9+._-]*[a-zA-Z0-9+.]")
 PACKAGE_VERSION = re.compile(r"[0-9][A-Za-z0-9.+:~^-]*")
 
 FIRST_OPEN = 515
@@ -28,12 +28,6 @@ def _driver_version(text: str) -> str:
     return text
 
 
-def _package(text: str) -> str:
-    if not PACKAGE.fullmatch(text):
-        raise ValueError(f"{text!r} is no package name")
-    return text
-
-
 def _package_version(text: str) -> str:
     # A glob such as 580* takes the next branch as soon as the repository has it.
     if not PACKAGE_VERSION.fullmatch(text):
@@ -42,9 +36,7 @@ def _package_version(text: str) -> str:
 
 
 DriverVersion = Annotated[Version, AfterValidator(_driver_version)]
-Packages = dict[
-    Annotated[str, AfterValidator(_package)], Annotated[Version, AfterValidator(_package_version)]
-]
+Packages = dict[PackageName, Annotated[Version, AfterValidator(_package_version)]]
 
 
 class DriverOfClass(Strict):

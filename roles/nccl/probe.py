@@ -10,13 +10,14 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import cast
 
 from roles.core.role import Target, Unreadable, whole
 from roles.core.steps import quote
 from roles.environment.prove import PROOF
 from roles.nccl.spec import AUTO, NcclSpec, environment_of
 from roles.packages.fences import LOCKS, Installed, LockList, parse_installed
+from roles.packages.managers import Manager
 from roles.packages.spec import PackagesSpec
 
 PIN = "/etc/apt/preferences.d/lockstep-nccl"
@@ -25,8 +26,6 @@ DAMAGE = "/var/lib/lockstep/nccl-damaged"
 
 DEBS = ("libnccl2", "libnccl-dev")
 RPMS = ("libnccl", "libnccl-devel", "libnccl-static")
-
-Manager = Literal["apt", "rpm"]
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import cast
 
 from roles.core.role import Target, Unreadable, whole
+from roles.packages.managers import Manager
 from roles.time.spec import TimeSpec
 
 CHRONY_UNITS = ("chrony.service", "chronyd.service")
@@ -29,8 +30,6 @@ OWN_CLOCK = "7F7F0101"
 
 CAP_SYS_TIME = 25
 """The capability without which nothing on the node can set its clock."""
-
-Manager = Literal["apt", "rpm"]
 
 
 @dataclass(frozen=True)
