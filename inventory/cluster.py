@@ -6,6 +6,7 @@ arrow between the packages points one way (roles know the inventory, never the r
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,6 +99,16 @@ class Cluster:
         from inventory.settings import state_directory
 
         return self.ssh.known_hosts or state_directory() / self.name / "known_hosts"
+
+    def at_hand(self, path: Path | str) -> Path:
+        """A path of the file as an absolute path on the control machine.
+
+        An unknown home directory (``~nobody/x``) stays as written: no file is there, as the reader tells.
+        """
+        path = Path(path)
+        with contextlib.suppress(RuntimeError):
+            path = path.expanduser()
+        return (self.path.parent / path).absolute()
 
     def section(self, key: str, kind: type[S]) -> S | None:
         """The section under that key, or None if the file does not declare it."""

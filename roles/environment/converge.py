@@ -20,7 +20,7 @@ from roles.environment.drift import Action, Pair, pairs, wanted_proof, wanted_st
 from roles.environment.parcel import deliver, place_of
 from roles.environment.probe import BIN_ON_PATH, EnvironmentState, parcel_of
 from roles.environment.prove import PROOF, STAMP
-from roles.environment.spec import Declared, Environments, at_hand
+from roles.environment.spec import Declared, Environments
 
 UNPACK_SECONDS = 1800
 ASIDE = f"{STAMP}.aside"
@@ -54,7 +54,7 @@ def converge(
         actions = {action for action, _ in found}
         if not actions - {Action.NONE}:
             continue
-        archive = describe(at_hand(target.cluster, one.spec.archive))
+        archive = describe(target.cluster.at_hand(one.spec.archive))
         if Action.UNPACK in actions:
             own = parcel_of(target.cluster, one, archive)
             whole = any(
@@ -100,7 +100,7 @@ def beside(one: Declared, archive: Archive) -> str:
 def _kept(cluster: Cluster) -> list[str]:
     section = cluster.section("environments", Environments)
     known = section.each() if section else []
-    return [describe(at_hand(cluster, one.spec.archive)).file_name for one in known]
+    return [describe(cluster.at_hand(one.spec.archive)).file_name for one in known]
 
 
 def unpack(one: Declared, archive: Archive, path: str, kept: Sequence[str] = ()) -> str:

@@ -12,7 +12,7 @@ from roles.core.role import Finding, Peers, Target
 from roles.environment import mend, prove
 from roles.environment.archive import Archive, ArchiveProblem, describe
 from roles.environment.probe import BIN_ON_PATH, EnvironmentState, Seen, stamp_values
-from roles.environment.spec import Declared, Environments, at_hand, normal_name, of_metadata
+from roles.environment.spec import Declared, Environments, normal_name, of_metadata
 
 
 class Action(Enum):
@@ -56,7 +56,7 @@ def pairs(target: Target[Environments], state: EnvironmentState, one: Declared) 
 def _pairs(target: Target[Environments], state: EnvironmentState, one: Declared) -> Iterator[Pair]:
     seen = state.environments.get(one.name, Seen())
     try:
-        archive = describe(at_hand(target.cluster, one.spec.archive))
+        archive = describe(target.cluster.at_hand(one.spec.archive))
     except ArchiveProblem as error:
         yield (
             Action.NONE,

@@ -14,7 +14,7 @@ from roles.environment import parcel
 from roles.environment.archive import Archive, ArchiveProblem, describe
 from roles.environment.parcel import Parcel
 from roles.environment.prove import PROOF, STAMP
-from roles.environment.spec import HOME_OF_ENVIRONMENTS, Declared, Environments, at_hand
+from roles.environment.spec import HOME_OF_ENVIRONMENTS, Declared, Environments
 
 BIN_ON_PATH = "/usr/local/bin"
 
@@ -80,14 +80,14 @@ def stamp_values(text: str) -> dict[str, Any]:
 def archive_of(cluster: Cluster, one: Declared) -> Archive | None:
     """What the declared archive holds, or None when it cannot be used (a finding says why)."""
     try:
-        return describe(at_hand(cluster, one.spec.archive))
+        return describe(cluster.at_hand(one.spec.archive))
     except ArchiveProblem:
         return None
 
 
 def parcel_of(cluster: Cluster, one: Declared, archive: Archive) -> Parcel:
     """The archive on its way to the nodes."""
-    source = at_hand(cluster, one.spec.archive)
+    source = cluster.at_hand(one.spec.archive)
     return Parcel(source, archive.sha256, f"archives/{archive.file_name}")
 
 

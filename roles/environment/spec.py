@@ -201,9 +201,3 @@ class Environments(Spec):
                         "set on_path: false for one of them",
                     )
             before.append(one)
-
-
-def at_hand(cluster: Cluster, path: Path) -> Path:
-    """A path of the cluster file as an absolute path on the control machine."""
-    path = path.expanduser()
-    return path if path.is_absolute() else (cluster.path.parent / path).absolute()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, model_validator
@@ -108,6 +107,15 @@ class Source(Strict):
             raise ValueError("suites and components are apt's: take them out, or say os: apt")
         if self.components and not self.suites:
             raise ValueError("components need suites, as in 'suites: [bookworm]'")
+        for suite in self.suites:  # apt refuses such a line, and then does nothing at all
+            if suite.endswith("/") == bool(self.components):
+                raise ValueError(
+                    f"the suite {suite!r} ends in '/', so it is a folder and has no components"
+                    if self.components
+                    else f"the suite {suite!r} needs components, as in 'components: [main]'"
+                )
+        if self.key == "":
+            raise ValueError("an empty 'key' names no file: give the public key, or leave it out")
         if self.key is None and not self.url.startswith("file:"):
             raise ValueError("names no key: give the public key that signs it")
         return self
@@ -118,8 +126,7 @@ class Source(Strict):
             return None
         if self.key.startswith("-----BEGIN"):
             return armored(self.key.encode())
-        path = Path(self.key).expanduser()
-        return armored((path if path.is_absolute() else cluster.path.parent / path).read_bytes())
+        return armored(cluster.at_hand(self.key).read_bytes())
 
 
 class PackagesSpec(Spec):

@@ -10,7 +10,7 @@ from virtualenv.seed.wheels.embed import get_embed_wheel
 
 from inventory.cluster import Cluster
 from roles.environment.parcel import Parcel
-from roles.environment.spec import Declared, at_hand, normal_name
+from roles.environment.spec import Declared, normal_name
 from roles.pins.distributions import fits, meets, of_wheel
 
 
@@ -25,7 +25,7 @@ def wheels_of(cluster: Cluster, one: Declared, name: str, python: str) -> list[P
     Raises WheelProblem when there is none.
     """
     assert one.spec.wheels is not None
-    folder, pin = at_hand(cluster, one.spec.wheels), one.spec.pins[name]
+    folder, pin = cluster.at_hand(one.spec.wheels), one.spec.pins[name]
     try:
         files = sorted(folder.iterdir())
     except OSError as error:

@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from inventory.cluster import Cluster, Node
-from roles.environment.spec import Environments, at_hand
+from roles.environment.spec import Environments
 from roles.storage.spec import StorageSpec
 
 
@@ -95,5 +95,10 @@ def test_environments_may_not_overlap_or_lie_on_the_shared_storage_or_share_a_co
 
 def test_relative_paths_count_from_the_cluster_files_folder() -> None:
     section = environments(a={"archive": "a.tar"})
-    assert at_hand(cluster(section), Path("a.tar")) == Path("/etc/cluster/a.tar")
-    assert at_hand(cluster(section), Path("/x/a.tar")) == Path("/x/a.tar")
+    for written, meant in (
+        ("a.tar", "/etc/cluster/a.tar"),
+        ("/x/a.tar", "/x/a.tar"),
+        ("~/a.tar", str(Path.home() / "a.tar")),
+        ("~no-such-user/a.tar", "/etc/cluster/~no-such-user/a.tar"),
+    ):
+        assert cluster(section).at_hand(Path(written)) == Path(meant)

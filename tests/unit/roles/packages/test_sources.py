@@ -122,7 +122,12 @@ def test_what_is_no_public_key_is_refused(data: bytes) -> None:
 def test_a_key_that_is_missing_or_wrong_is_told_when_the_file_is_read(tmp_path: Path) -> None:
     (tmp_path / "page.html").write_text("<html>")
     (tmp_path / "good.gpg").write_bytes(BINARY)
-    for name, says in (("page.html", "neither"), ("gone.asc", "No such file"), ("good.gpg", "")):
+    for name, says in (
+        ("page.html", "neither"),
+        ("gone.asc", "No such file"),
+        ("~no-such-user/key.asc", "No such file"),
+        ("good.gpg", ""),
+    ):
         problems = sources(folder=tmp_path, sources=[{**MIRROR, "key": name}])
         assert [key for key, _ in problems] == (["sources[0].key"] if says else [])
         assert all(name in sentence and says in sentence for _, sentence in problems)
@@ -143,7 +148,10 @@ def test_two_sources_of_one_name_are_refused() -> None:
         {"url": "https://user:secret@mirror.lan/debian"},
         {"url": "https://mirror.lan/debian x"},
         {"key": None},
+        {"key": ""},
         {"components": ["main"]},
+        {"suites": ["bookworm"]},
+        {"suites": ["stable/"], "components": ["main"]},
         {"suites": ["book worm"]},
         {"os": "rpm", "suites": ["bookworm"]},
     ],
@@ -163,6 +171,10 @@ def test_a_source_that_cannot_be_is_refused(wrong: dict[str, Any]) -> None:
         (
             {"suites": ["bookworm"], "components": ["main", "contrib"]},
             "deb [signed-by=/etc/apt/keyrings/lockstep-mirror.asc] https://mirror.lan/debian bookworm main contrib",
+        ),
+        (
+            {"suites": ["stable/"]},
+            "deb [signed-by=/etc/apt/keyrings/lockstep-mirror.asc] https://mirror.lan/debian stable/",
         ),
         ({"url": "file:/srv/mirror", "key": None}, "deb [trusted=yes] file:/srv/mirror ./"),
     ],
