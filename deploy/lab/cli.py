@@ -73,7 +73,8 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         command.add_argument(
             "--os",
             choices=SYSTEMS,
-            help="the nodes' system (default debian); mixed: node1 Debian, node2 RPM, and so on in turn",
+            help="the nodes' system (default: what the lab has, at first debian); mixed: node1 Debian, "
+            "node2 RPM, and so on in turn",
         )
     prepare.set_defaults(handler=_handler(_prepare))
 

@@ -85,7 +85,7 @@ def ensure_repository(
     """Download what is missing in the repository and index it; with RPM nodes, make RPMs of it.
 
     keys: the nodes' base images; packages are resolved against the first one. The directory is changed
-    in place and only added to, because running nodes have it mounted. Raises LabError when a package
+    in place, a file at a time, because running nodes have it mounted. Raises LabError when a package
     cannot be had.
     """
     ensure_debs(paths, host, next(iter(keys.values())), extra, progress)
