@@ -31,7 +31,7 @@ def converge(
     moving = [
         stray
         for stray in strays(state, want)
-        if may_go(target.spec, stray) and any(stray.real in finding.seen for finding in findings)
+        if may_go(target, stray) and any(stray.real in finding.seen for finding in findings)
     ]
     # Before the packages: their installation runs ldconfig, which would choose among both.
     if moving:

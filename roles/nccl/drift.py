@@ -11,7 +11,7 @@ from roles.core.role import Finding, Peers, Target
 from roles.environment.probe import archive_of
 from roles.environment.spec import Environments, of_metadata
 from roles.nccl.probe import DEBS, RPMS, Library, NcclState
-from roles.nccl.spec import AUTO, NcclSpec, environment_of
+from roles.nccl.spec import AUTO, NcclSpec, declared_environments, environment_of
 from roles.nccl.version import cuda_of, nearest, read, upstream_of_distribution
 from roles.packages.fences import differing, open_fence
 
@@ -141,17 +141,23 @@ def _findings(target: Target[NcclSpec], state: NcclState) -> Iterator[Finding]:
         return
     yield from _packages(target.spec, state, want)
     for stray in strays(state, want):
-        allowed = may_go(target.spec, stray)
+        allowed = may_go(target, stray)
         yield Finding(
             "nccl-version-mismatch",
             f"no NCCL but {want.upstream} where the loader looks",
             f"{stray.version or 'an unknown version'} at {stray.real}{_because(stray)}",
-            "moved to /var/lib/lockstep/removed"
-            if allowed
-            else f"remove it, or list {stray.real} under nccl.remove",
+            "moved to /var/lib/lockstep/removed" if allowed else _advice(target, stray),
             repairable=allowed,
             disturbs=allowed,
         )
+
+
+def _advice(target: Target[NcclSpec], stray: Library) -> str:
+    owner = _owner(target.cluster, stray)
+    if owner is None:
+        return f"remove it, or list {stray.real} under nccl.remove"
+    setting = "/etc/ld.so.conf.d" if stray.place == "cache" else stray.place
+    return f"it is a part of the environment {owner}: take its folder out of {setting}"
 
 
 def _because(stray: Library) -> str:
@@ -262,13 +268,19 @@ def strays(state: NcclState, want: Wanted) -> list[Library]:
     return list(found.values())
 
 
-def may_go(spec: NcclSpec, stray: Library) -> bool:
-    """Whether the spec allows to take it out of the way."""
-    return any(
+def may_go(target: Target[NcclSpec], stray: Library) -> bool:
+    """Whether the spec allows to take it out of the way; never a part of an environment."""
+    return _owner(target.cluster, stray) is None and any(
         PurePosixPath(path).is_relative_to(allowed)
         for path in (stray.real, stray.path)
-        for allowed in spec.remove
+        for allowed in target.spec.remove
     )
+
+
+def _owner(cluster: Cluster, stray: Library) -> str | None:
+    """The declared environment that the file is a part of, by name."""
+    inside = PurePosixPath(stray.real).is_relative_to
+    return next((one.name for one in declared_environments(cluster) if inside(one.prefix)), None)
 
 
 def remarks(

@@ -44,7 +44,8 @@ class NcclSpec(Spec):
 
     remove: list[AbsolutePath] = []
     """Files and directories: copies of another version there that no package owns and that the loader
-    would find are moved to /var/lib/lockstep/removed. Others are named and stay."""
+    would find are moved to /var/lib/lockstep/removed. Others are named and stay, as do those in a
+    declared environment."""
 
     def problems(self, cluster: Cluster) -> Iterable[tuple[str, str]]:
         """Whether there is one environment to ask."""

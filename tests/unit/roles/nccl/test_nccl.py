@@ -303,6 +303,17 @@ def test_libraries_of_another_version_are_named_and_moved_only_where_the_spec_al
     assert steps(state, version=V18) == []
 
 
+def test_a_library_of_an_environment_is_never_moved() -> None:
+    file = "/opt/lockstep/envs/main/lib/python3.11/site-packages/nvidia/nccl/lib/libnccl.so.2"
+    state = replace(RIGHT, libraries=(Library("/root/.bashrc", file, file, "2.21.5"),))
+    for environment, repairable in (("main", False), ("other", True)):
+        there = target(environment, version=V18, remove=["/opt"])
+        (finding,) = role.drift(there, state, {})
+        assert finding.repairable is repairable
+        assert ("take its folder out of /root/.bashrc" in finding.fix) is not repairable
+        assert bool(list(role.converge(there, state, {}, [finding]))) is repairable
+
+
 def test_a_prefix_of_a_name_is_not_its_directory() -> None:
     assert all(not f.repairable for f in found(STRAYS, version=V18, remove=["/usr/local/li"])[1:])
 
