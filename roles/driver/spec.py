@@ -14,7 +14,7 @@ from inventory.cluster import Cluster, Node
 from roles.packages.spec import PackageName
 
 DRIVER_VERSION = re.compile(r"[1-9][0-9]{1,3}(\.[0-9]{1,4}){1,2}")
-PACKAGE_VERSION = re.compile(r"[0-9][A-Za-z0-9.+:~^-]*")
+PACKAGE_VERSION = re.compile(r"[0-9][A-Za-z0-9.+:~^_-]*")
 
 FIRST_OPEN = 515
 """The first branch with open kernel modules."""

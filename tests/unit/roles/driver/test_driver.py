@@ -610,6 +610,11 @@ def test_what_cannot_be_meant_is_refused(declared: dict[str, Any]) -> None:
         DriverSpec(**declared)
 
 
+def test_a_package_version_may_name_a_minor_release() -> None:
+    versions = {"kmod-nvidia": "3:535.154.05-1.el9_4"}
+    assert DriverSpec(version=V, packages=versions).packages == versions
+
+
 def test_what_contradicts_the_rest_of_the_file_is_told() -> None:
     def told(**declared: Any) -> list[str]:
         wanted = target(**declared)
