@@ -1,4 +1,4 @@
-"""Brings NCCL's packages to one version in one transaction; then pins, holds, and clears the loader's way.
+"""Clears the loader's way, then brings NCCL's packages to one version in one transaction; then pins and holds.
 
 The pin changes after the transaction: at any end the version that is installed is fenced.
 """
@@ -22,7 +22,7 @@ REMOVED = "/var/lib/lockstep/removed"
 def converge(
     target: Target[NcclSpec], state: NcclState, peers: Peers, findings: Sequence[Finding]
 ) -> Iterator[Step]:
-    """Packages first, then their fences, then the libraries that are in the way."""
+    """The libraries that are in the way, then the packages, then their fences."""
     want = wanted(target, state)
     if not isinstance(want, Wanted):
         return

@@ -1,4 +1,4 @@
-"""Mends an interrupted installation and installs what is missing, from the declared sources only."""
+"""Names the sources, mends an interrupted installation, installs what is missing, fences other upgrades."""
 
 from __future__ import annotations
 
