@@ -6,7 +6,6 @@ hand in the probe's format, since it needs GPUs.
 
 from __future__ import annotations
 
-import random
 import shutil
 import subprocess
 from dataclasses import replace
@@ -207,27 +206,9 @@ def test_a_recorded_look_at_an_rpm_node_is_judged(name: str, expected: list[str]
         assert "if command -v update-initramfs" in build and "dracut -f --kver" in build
 
 
-def test_a_cut_or_garbled_look_is_unreadable_and_never_right() -> None:
-    text = (RECORDED / "composed-hgx.txt").read_text().strip("\n")
-    lines = text.split("\n")
-    for cut in range(len(lines)):
-        with pytest.raises((Unreadable, KeyError, IndexError, ValueError)):
-            parse("\n".join(lines[:cut]))
-    chance = random.Random(7)
-    for _ in range(300):
-        place = chance.randrange(len(text))
-        garbled = text[:place] + chance.choice("\t\n:,é0") + text[place + chance.randrange(1, 9) :]
-        try:
-            state = parse(garbled)
-        except (Unreadable, KeyError, IndexError, ValueError):
-            continue
-        assert state is not None
-        found(state)  # never a traceback
-
-
 @pytest.mark.parametrize("text", ["", "rubbish", "end", "kernel\t5\nend", "没有那个文件\nend"])
 def test_garbage_is_unreadable(text: str) -> None:
-    with pytest.raises((Unreadable, KeyError, IndexError, ValueError)):
+    with pytest.raises(Unreadable):
         parse(text)
 
 
