@@ -57,9 +57,9 @@ def converge(
         archive = describe(target.cluster.at_hand(one.spec.archive))
         if Action.UNPACK in actions:
             own = parcel_of(target.cluster, one, archive)
+            seen = state.environments[one.name]
             whole = any(
-                stamp.strip() == wanted_stamp(one, archive)
-                for stamp in state.environments[one.name].fresh.values()
+                stamp.strip() == wanted_stamp(one, archive) for stamp in seen.fresh.values()
             )
             if whole:
                 yield Shell(alone(put_in_place(one, archive)), UNPACK_SECONDS)
@@ -67,6 +67,8 @@ def converge(
                 yield from deliver(own, target, state.parcels, peers)
                 path = place_of(own, target, state.parcels, peers)
                 command = unpack(one, archive, path, _kept(target.cluster))
+                if seen.stamp.strip() != wanted_stamp(one, archive):
+                    command = unless_stamped(one, archive) + command
                 yield Shell(alone(command), UNPACK_SECONDS)
         elif Action.FINISH in actions:
             yield Shell(alone(put_in_place(one, archive)), UNPACK_SECONDS)
@@ -138,6 +140,14 @@ def unpack(one: Declared, archive: Archive, path: str, kept: Sequence[str] = ())
         f"{_mend('N', archive)}"
         f"{put_in_place(one, archive, stamped=False)}"
         f'for f in {quote(parcel.LOCAL)}/archives/*; do case ${{f##*/}} in {names}) ;; *) rm -f "$f";; esac; done\n'
+    )
+
+
+def unless_stamped(one: Declared, archive: Archive) -> str:
+    """Shell that ends well where the wanted tree is in place: an earlier run went on and put it there."""
+    return (
+        f"if [ -f {quote(one.prefix)}/{STAMP} ] && "
+        f'[ "$(cat {quote(one.prefix)}/{STAMP})" = {quote(wanted_stamp(one, archive))} ]; then exit 0; fi\n'
     )
 
 

@@ -155,6 +155,21 @@ def test_a_bare_machine_gets_the_environment_mended_stamped_and_proved(machine: 
     assert facts["torch"] is None and facts["environment hash"]
 
 
+def test_what_an_earlier_run_finished_after_the_look_is_not_unpacked_again(
+    machine: Machine,
+) -> None:
+    target = machine.target(environment.role)
+    seen = environment.role.parse(shell(environment.role.probe(target)))
+    findings = environment.role.drift(target, seen, {})
+    machine.settle()
+    tree = machine.prefix.stat().st_ino
+    for step in environment.role.converge(target, seen, {}, findings):
+        if isinstance(step, Shell):
+            shell(f"set -e\n{step.command}")
+    assert machine.prefix.stat().st_ino == tree
+    assert [path.name for path in machine.prefix.parent.iterdir()] == ["llm"]
+
+
 def test_two_unpackings_have_the_same_hash_and_a_pin_changes_it(right: Machine) -> None:
     def read() -> str | None:
         role = environment.role
