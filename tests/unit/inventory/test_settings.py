@@ -112,7 +112,7 @@ def test_a_wrong_setting_is_named_where_it_was_given(
         ),
     ],
 )
-def test_torch_never_comes_from_plain_pypi(
+def test_torch_never_comes_from_the_plain_index(
     environ: dict[str, str], configuration: str, index: list[str]
 ) -> None:
     found = read(GOOD, **environ).pip_arguments("torch", configuration)
