@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, model_validator
@@ -126,7 +128,13 @@ class Source(Strict):
             return None
         if self.key.startswith("-----BEGIN"):
             return armored(self.key.encode())
-        return armored(cluster.at_hand(self.key).read_bytes())
+        return _key_in(cluster.at_hand(self.key))
+
+
+@functools.cache
+def _key_in(path: Path) -> str:
+    """Read once, when the cluster file is: a run goes on with that key whatever becomes of the file."""
+    return armored(path.read_bytes())
 
 
 class PackagesSpec(Spec):

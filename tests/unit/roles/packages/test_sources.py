@@ -97,6 +97,15 @@ def test_a_binary_key_is_armored_as_gpg_armors_it() -> None:
     assert armored(base64.b64decode(body)) == BY_GPG
 
 
+def test_a_key_file_that_goes_during_a_run_is_not_missed(tmp_path: Path) -> None:
+    file = tmp_path / "mirror.gpg"
+    file.write_bytes(BINARY)
+    one = target(tmp_path, sources=[{**MIRROR, "key": str(file)}])
+    assert list(one.spec.problems(one.cluster)) == []
+    file.unlink()
+    assert one.spec.sources[0].key_text(one.cluster) == KEY
+
+
 def test_an_armored_key_is_taken_with_what_stands_around_it() -> None:
     assert armored(f"Our mirror\n\n{KEY}\nmore".replace("\n", "\r\n").encode()) == KEY
     with pytest.raises(BadKey, match="no end"):
