@@ -1,4 +1,7 @@
-"""Public keys that sign repositories, in the armored form that apt and rpm both read (RFC 4880, section 6)."""
+"""Public keys that sign repositories, in the armored form that apt and rpm both read (RFC 4880, section 6).
+
+A file may hold several blocks one after another, as vendors write them while they change their key.
+"""
 
 from __future__ import annotations
 
@@ -15,17 +18,17 @@ class BadKey(ValueError):
 
 
 def armored(data: bytes) -> str:
-    """The key block, from an armored key or from a binary one (as ``gpg --export`` writes it).
+    """All key blocks, from armored keys or from a binary one (as ``gpg --export`` writes it).
 
     Raises BadKey for anything else, above all for a secret key.
     """
     if b"PRIVATE KEY BLOCK" in data:
         raise BadKey("this is a secret key, which must not leave its owner")
     if HEAD.encode() in data:
-        match = _BLOCK.search(data.decode("ascii", "replace").replace("\r\n", "\n"))
-        if not match:
-            raise BadKey("its PGP public key block has no end")
-        return f"{match[0]}\n"
+        blocks = _BLOCK.findall(data.decode("ascii", "replace").replace("\r\n", "\n"))
+        if len(blocks) != data.count(HEAD.encode()):
+            raise BadKey("a PGP public key block in it has no end")
+        return "".join(f"{block}\n" for block in blocks)
     # The first byte of a packet: bit 7, then the old form with the tag in bits 2-5, or the new with 0-5.
     first = data[0] if data else 0
     tag = (first & 0x3F if first & 0x40 else (first & 0x3C) >> 2) if first & 0x80 else 0
