@@ -12,6 +12,18 @@ from inventory.base import Spec
 SIZE = re.compile(r"([1-9][0-9]*)([KMGT]|%)")
 _BYTES = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
+MOST_BYTES = 1 << 50
+"""Far more memory than any node has; a size beyond it is a slip of the pen."""
+
+MOST_FILES = 2147483584
+"""The kernel's own bound of fs.nr_open."""
+
+MOST_KIBIBYTES = 1 << 53
+"""2**63 bytes: what a limit of memory can hold."""
+
+MOST_PROCESSES = 1 << 22
+"""The kernel's own bound of process numbers (PID_MAX_LIMIT)."""
+
 UNLIMITED: Literal["unlimited"] = "unlimited"
 
 
@@ -21,6 +33,8 @@ def _size(text: str) -> str:
         raise ValueError(
             f"{text!r} is no size: write a whole number and K, M, G or T, as 16G, or a percentage of memory, as 50%"
         )
+    if match[2] != "%" and size_bytes(text, 0) > MOST_BYTES:
+        raise ValueError(f"{text!r} is more than any node's memory: write at most 1024T")
     return text
 
 
@@ -36,13 +50,13 @@ def size_bytes(text: str, memory: int) -> int:
 class LimitsSpec(Spec):
     """Limits of every login, root's too, soft and hard alike. None leaves one as the node has it."""
 
-    nofile: Annotated[int, Field(ge=256)] | None = 1048576
+    nofile: Annotated[int, Field(ge=256, le=MOST_FILES)] | None = 1048576
     """Open files of one process. Data loaders and many peers need far more than the usual 1024."""
 
-    memlock: Annotated[int, Field(ge=64)] | Literal["unlimited"] | None = UNLIMITED
+    memlock: Annotated[int, Field(ge=64, le=MOST_KIBIBYTES)] | Literal["unlimited"] | None = UNLIMITED
     """Memory that a process may lock, in KiB. RDMA registers its buffers with it."""
 
-    nproc: Annotated[int, Field(ge=256)] | Literal["unlimited"] | None = None
+    nproc: Annotated[int, Field(ge=256, le=MOST_PROCESSES)] | Literal["unlimited"] | None = None
     """Processes and threads of one user; root is not bound by it."""
 
     shm: Annotated[str, AfterValidator(_size)] | None = None

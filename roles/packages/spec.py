@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from inventory.cluster import Cluster
     from roles.packages.managers import Manager
 
-PACKAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9+._-]*[A-Za-z0-9+.]")
+PACKAGE_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9+._-]*[A-Za-z0-9+.])?")
 REPOSITORY_PATH = re.compile(r"/[A-Za-z0-9._/+@-]*")
 SOURCE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,40}")
 SOURCE_URL = re.compile(r"(https?://|file:/)[A-Za-z0-9._/+~%:$-]+")
@@ -30,7 +30,7 @@ def _package(text: str) -> str:
     if not PACKAGE_NAME.fullmatch(text):
         raise ValueError(
             f"{text!r} is no package name: use letters, digits, '+', '-', '_' and '.', "
-            "without a version"
+            "begin with a letter or digit, do not end with '-' or '_', and give no version"
         )
     return text
 
@@ -54,6 +54,10 @@ def _source_name(text: str) -> str:
 def _url(text: str) -> str:
     if re.search(r"//[^/]*@", text):
         raise ValueError("the address must not hold a password: put it in the node's own settings")
+    if re.match(r"file://[^/]", text):  # apt refuses it, dnf passes the host over
+        raise ValueError(
+            f"{text!r} names a host, but file: means the node's own disk: write it as file:///PATH"
+        )
     if not SOURCE_URL.fullmatch(text):
         raise ValueError(
             f"{text!r} is no address of packages: begin with https://, http:// or file:/"

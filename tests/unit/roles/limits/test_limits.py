@@ -461,7 +461,9 @@ def test_garbage_is_unreadable(text: str) -> None:
 @pytest.mark.parametrize(
     "declared",
     [{"nofile": 10}, {"nofile": "unlimited"}, {"memlock": "lots"}, {"shm": "0G"}, {"shm": "1.5G"}]
-    + [{"shm": "120%"}, {"shm": "16GB"}, {"shm": "16"}, {"stack": 8192}],
+    + [{"shm": "120%"}, {"shm": "16GB"}, {"shm": "16"}, {"stack": 8192}]
+    + [{"shm": "99999999T"}, {"shm": "1025T"}, {"nofile": 1 << 31}, {"nproc": 1 << 40}]
+    + [{"memlock": 1 << 60}],
 )
 def test_values_without_meaning_are_refused(declared: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):

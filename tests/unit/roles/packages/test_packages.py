@@ -526,10 +526,14 @@ def test_a_broken_rpm_database_is_unreadable_and_not_taken_for_missing_packages(
         parse("manager\trpm\nerror: cannot open Packages database in /var/lib/rpm\nend")
 
 
-@pytest.mark.parametrize("name", ["pdsh=2.34", "-o", "pdsh-", "a b", "$(id)", "x", ""])
+@pytest.mark.parametrize("name", ["pdsh=2.34", "-o", "pdsh-", "a b", "$(id)", "_", ""])
 def test_what_is_no_package_name_is_refused(name: str) -> None:
     with pytest.raises(ValidationError):
         PackagesSpec(install=[name])
+
+
+def test_a_name_may_be_one_letter_as_that_of_the_language_r() -> None:
+    assert PackagesSpec(install=["R"]).names("rpm") == ["R"]
 
 
 @pytest.mark.parametrize("path", ["relative", "/with space", "/a]b", "/a#b", "/../x/.."])

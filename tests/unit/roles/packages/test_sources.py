@@ -112,6 +112,14 @@ def test_an_armored_key_is_taken_with_what_stands_around_it() -> None:
         armored(KEY[:80].encode())
 
 
+def test_of_several_keys_in_one_file_none_is_lost() -> None:
+    both = f"the old one\n{BY_GPG}\nthe new one\n{KEY}"
+    assert armored(both.encode()) == BY_GPG + KEY
+    for cut in (both[: both.rindex("-----END")], both.replace("-----END", "", 1)):
+        with pytest.raises(BadKey, match="no end"):
+            armored(cut.encode())
+
+
 @pytest.mark.parametrize(
     "data",
     [
@@ -156,6 +164,7 @@ def test_two_sources_of_one_name_are_refused() -> None:
         {"url": "ftp://x/y"},
         {"url": "https://user:secret@mirror.lan/debian"},
         {"url": "https://mirror.lan/debian x"},
+        {"url": "file://mirror.lan/debian"},
         {"key": None},
         {"key": ""},
         {"components": ["main"]},
