@@ -53,7 +53,9 @@ class LimitsSpec(Spec):
     nofile: Annotated[int, Field(ge=256, le=MOST_FILES)] | None = 1048576
     """Open files of one process. Data loaders and many peers need far more than the usual 1024."""
 
-    memlock: Annotated[int, Field(ge=64, le=MOST_KIBIBYTES)] | Literal["unlimited"] | None = UNLIMITED
+    memlock: Annotated[int, Field(ge=64, le=MOST_KIBIBYTES)] | Literal["unlimited"] | None = (
+        UNLIMITED
+    )
     """Memory that a process may lock, in KiB. RDMA registers its buffers with it."""
 
     nproc: Annotated[int, Field(ge=256, le=MOST_PROCESSES)] | Literal["unlimited"] | None = None

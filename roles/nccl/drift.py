@@ -10,8 +10,8 @@ from inventory.cluster import Cluster
 from roles.core.role import Finding, Peers, Target
 from roles.environment.probe import archive_of
 from roles.environment.spec import Environments, of_metadata
-from roles.nccl.probe import DEBS, RPMS, Library, NcclState
-from roles.nccl.spec import AUTO, NcclSpec, declared_environments, environment_of
+from roles.nccl.probe import Library, NcclState
+from roles.nccl.spec import AUTO, DEBS, RPMS, NcclSpec, declared_environments, environment_of
 from roles.nccl.version import cuda_of, nearest, read, upstream_of_distribution
 from roles.packages.fences import differing, open_fence
 

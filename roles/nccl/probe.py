@@ -15,7 +15,7 @@ from typing import cast
 from roles.core.role import Target, Unreadable, whole
 from roles.core.steps import quote
 from roles.environment.prove import PROOF
-from roles.nccl.spec import AUTO, NcclSpec, environment_of
+from roles.nccl.spec import AUTO, DEBS, RPMS, NcclSpec, environment_of
 from roles.packages.fences import LOCKS, Installed, LockList, parse_installed
 from roles.packages.managers import Manager
 from roles.packages.spec import PackagesSpec
@@ -23,9 +23,6 @@ from roles.packages.spec import PackagesSpec
 PIN = "/etc/apt/preferences.d/lockstep-nccl"
 DAMAGE = "/var/lib/lockstep/nccl-damaged"
 """Left by the proof: what of the packages' files is not as it was delivered."""
-
-DEBS = ("libnccl2", "libnccl-dev")
-RPMS = ("libnccl", "libnccl-devel", "libnccl-static")
 
 
 @dataclass(frozen=True)

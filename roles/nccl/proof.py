@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from roles.core.role import Target
 from roles.core.steps import quote
-from roles.nccl.probe import DAMAGE, DEBS, RPMS
-from roles.nccl.spec import NcclSpec, environment_of
+from roles.nccl.probe import DAMAGE
+from roles.nccl.spec import DEBS, RPMS, NcclSpec, environment_of
 
 # ncclGetVersion counts 2.21.5 as 22105 (since 2.9; before as 2805). It needs neither GPU nor driver.
 _ASK = """

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Annotated
 
 from pydantic import AfterValidator
 
 from inventory.base import AbsolutePath, NodeName, Spec, Version
 from inventory.cluster import Cluster
+from roles.driver.spec import DriverSpec
 from roles.environment.spec import Declared, Environments
+from roles.packages.spec import PackagesSpec
+
+DEBS = ("libnccl2", "libnccl-dev")
+RPMS = ("libnccl", "libnccl-devel", "libnccl-static")
 
 AUTO = "auto"
 VERSION = re.compile(
@@ -48,7 +53,13 @@ class NcclSpec(Spec):
     declared environment."""
 
     def problems(self, cluster: Cluster) -> Iterable[tuple[str, str]]:
-        """Whether there is one environment to ask."""
+        """Whether there is one environment to ask, and whether this role alone has its packages."""
+        if self.manage == "managed":
+            for place, name in _also_named(cluster):
+                yield (
+                    "version",
+                    f"{place} names {name} too, and the two roles would undo each other: take it out there",
+                )
         names = [one.name for one in declared_environments(cluster)]
         if self.environment is not None and self.environment not in names:
             yield "environment", f"there is no environment {self.environment}"
@@ -62,6 +73,27 @@ class NcclSpec(Spec):
                 "version",
                 f"auto has several environments to ask: name one of {', '.join(names)} under 'environment'",
             )
+
+
+def _also_named(cluster: Cluster) -> Iterator[tuple[str, str]]:
+    """Where the sections of other roles that change nodes name NCCL's packages."""
+    own = {*DEBS, *RPMS}
+    packages = cluster.section("packages", PackagesSpec)
+    if packages is not None and packages.manage == "managed":
+        yield from (
+            ("packages.install", name)
+            for name in dict.fromkeys([*packages.names("apt"), *packages.names("rpm")])
+            if name in own
+        )
+    driver = cluster.section("driver", DriverSpec)
+    if driver is not None and driver.manage == "managed":
+        lists = {"driver.packages": driver.packages} | {
+            f"driver.classes.{name}.packages": each.packages or {}
+            for name, each in driver.classes.items()
+        }
+        yield from (
+            (place, name) for place, names in lists.items() for name in names if name in own
+        )
 
 
 def declared_environments(cluster: Cluster) -> list[Declared]:

@@ -17,6 +17,7 @@ from inventory.base import Spec
 from inventory.cluster import Cluster, Node
 from roles.core.role import Finding, Target, Unreadable
 from roles.core.steps import Shell
+from roles.driver.spec import DriverSpec
 from roles.environment.spec import Environments
 from roles.nccl import NcclSpec, NcclState, role
 from roles.nccl.converge import move_away
@@ -142,6 +143,39 @@ def test_auto_needs_one_environment_to_ask() -> None:
     assert problems("a") == [] and problems("a", "b") == ["version"]
     assert problems("a", "b", environment="b") == []
     assert problems("a", environment="c") == ["environment"]
+
+
+@pytest.mark.parametrize(
+    ("section", "place"),
+    [
+        (PackagesSpec(install=["rsync", "libnccl2"]), "packages.install"),
+        (
+            PackagesSpec.model_validate({"install": [{"rpm": "libnccl-devel"}]}),
+            "packages.install",
+        ),
+        (DriverSpec(version="535.154.05", packages={"libnccl": "2.21.5-1"}), "driver.packages"),
+        (
+            DriverSpec.model_validate(
+                {
+                    "version": "535.154.05",
+                    "classes": {"a100": {"packages": {"libnccl-dev": "2.21.5-1"}}},
+                }
+            ),
+            "driver.classes.a100.packages",
+        ),
+    ],
+)
+def test_its_packages_are_no_other_roles_too(section: Spec, place: str) -> None:
+    def problems(section: Spec, manage: str = "managed") -> list[tuple[str, str]]:
+        key = place.partition(".")[0]
+        named = replace(cluster(), sections={key: section})
+        spec = NcclSpec.model_validate({"version": "2.21.5", "manage": manage})
+        return list(spec.problems(named))
+
+    ((key, sentence),) = problems(section)
+    assert key == "version" and sentence.startswith(f"{place} names libnccl")
+    assert problems(section, "check") == []
+    assert problems(section.model_copy(update={"manage": "unmanaged"})) == []
 
 
 def test_nothing_is_done_where_nothing_is_declared() -> None:
