@@ -26,6 +26,7 @@ role: Role[DriverSpec, DriverState | None] = Role(
     drift=drift,
     converge=converge,
     proof=proof,
+    needs=("packages",),
     seconds=30,
     facts=(
         Fact("NVIDIA driver", "equal per class", _version),

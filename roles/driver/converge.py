@@ -102,22 +102,39 @@ again() {
 }
 """
 
-# The daemons hold the device open; they are started again whether or not the driver let go.
+# The daemons hold the device open; they are started again whether or not the driver let go. Nothing is
+# unloaded while something still uses one of the modules: after a build, the files on the disk are of
+# another version than the modules in the kernel, so the first could not come back beside the others.
 _RELOAD = f"""
 PATH=$PATH:/usr/sbin:/sbin
-held=
+modules='nvidia_drm nvidia_modeset nvidia_uvm nvidia_peermem nvidia'
+held= gone=
 for unit in {PERSISTENCE} {FABRIC} nvidia-dcgm.service dcgm.service; do
   if systemctl -q is-active $unit; then held="$held $unit"; fi
 done
-back() {{ for unit in $held; do systemctl start $unit || true; done; }}
+back() {{
+  trap - EXIT
+  for module in $gone; do modprobe $module || echo "$module was loaded and could not be loaded again" >&2; done
+  for unit in $held; do systemctl start $unit || true; done
+}}
+in_use() {{ back; echo "the loaded driver is in use ($1): end what uses the GPUs, or reboot this node" >&2; exit 1; }}
 trap back EXIT
 for unit in $held; do systemctl stop $unit; done
-for module in nvidia_drm nvidia_modeset nvidia_uvm nvidia_peermem nvidia; do
+for module in $modules; do
+  test -e /sys/module/$module/refcnt || continue
+  read -r users </sys/module/$module/refcnt
+  for holder in /sys/module/$module/holders/*; do  # one of ours, which goes before it, is no user
+    case " $modules " in *" ${{holder##*/}} "*) users=$((users - 1));; esac
+  done
+  test $users -le 0 || in_use $module
+done
+for module in $modules; do
   if test -d /sys/module/$module; then
-    modprobe -r $module 2>/dev/null || {{ echo "the loaded driver is in use ($module): end what uses the GPUs, or reboot this node" >&2; exit 1; }}
+    modprobe -r $module 2>/dev/null || in_use $module
+    gone="$module $gone"
   fi
 done
-modprobe nvidia
+said=$(modprobe nvidia 2>&1) || {{ back; echo "the new driver could not be loaded: $said" >&2; exit 1; }}
 """
 
 

@@ -348,6 +348,69 @@ def test_another_loaded_version_is_exchanged_but_never_under_a_job() -> None:
     assert all(each.disturbs for each in found(behind))
 
 
+def reloaded(folder: Path, users: dict[str, int], fails: str = "") -> tuple[int, str, list[str]]:
+    """Runs the exchange of a driver of three modules; users: who else uses one, by its name.
+
+    The kernel is a folder. fails: the module that does not let go although nothing is seen to use it.
+    Returns the exit code, what it said, and what is loaded after it, in order.
+    """
+    kernel, tools = folder / "module", folder / "tools"
+    for name, holders in (
+        ("nvidia", ["nvidia_modeset"]),
+        ("nvidia_modeset", ["nvidia_drm"]),
+        ("nvidia_drm", []),
+    ):
+        (kernel / name / "holders").mkdir(parents=True)
+        for holder in holders:
+            (kernel / name / "holders" / holder).touch()
+        (kernel / name / "refcnt").write_text(f"{len(holders) + users.get(name, 0)}\n")
+    tools.mkdir()
+    modprobe = f"""#!/bin/sh
+if test "$1" = -r; then test "$2" != "{fails}" || exit 1; rm -r {kernel}/"$2"
+else mkdir -p {kernel}/"$1"; fi
+echo "$*" >> {folder}/log
+"""
+    systemctl = f"""#!/bin/sh
+case $1 in -q) test $3 = nvidia-persistenced.service;; *) echo "$*" >> {folder}/log;; esac
+"""
+    for name, text in (("modprobe", modprobe), ("systemctl", systemctl)):
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    (reload, _) = steps(replace(RIGHT, loaded="535.129.03"))
+    done = subprocess.run(
+        ["sh", "-ec", reload.replace("/sys/module", str(kernel))],
+        env={"PATH": f"{tools}:/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+    )
+    assert sorted(path.name for path in kernel.iterdir()) == [
+        "nvidia",
+        "nvidia_drm",
+        "nvidia_modeset",
+    ]
+    return done.returncode, done.stderr, (folder / "log").read_text().splitlines()
+
+
+def test_all_modules_of_an_exchanged_driver_are_loaded_again(tmp_path: Path) -> None:
+    code, _, log = reloaded(tmp_path, {})
+    assert code == 0
+    assert log[1:5] == ["-r nvidia_drm", "-r nvidia_modeset", "-r nvidia", "nvidia"]
+    assert log[-2:] == ["nvidia_drm", "start nvidia-persistenced.service"]
+
+
+@pytest.mark.parametrize("user", ["nvidia", "nvidia_drm"])
+def test_nothing_of_a_driver_in_use_is_unloaded(tmp_path: Path, user: str) -> None:
+    code, said, log = reloaded(tmp_path, {user: 1})
+    assert code == 1 and f"the loaded driver is in use ({user})" in said.splitlines()[-1]
+    assert log == ["stop nvidia-persistenced.service", "start nvidia-persistenced.service"]
+
+
+def test_what_was_unloaded_before_one_module_would_not_go_is_put_back(tmp_path: Path) -> None:
+    code, said, log = reloaded(tmp_path, {}, fails="nvidia")
+    assert code == 1 and "the loaded driver is in use (nvidia)" in said.splitlines()[-1]
+    assert log[1:5] == ["-r nvidia_drm", "-r nvidia_modeset", "nvidia_modeset", "nvidia_drm"]
+
+
 def test_libraries_of_another_version_are_named() -> None:
     finding = one(replace(RIGHT, library="535.129.03"))
     assert finding.id == "driver-library-mismatch" and not finding.repairable
