@@ -139,17 +139,23 @@ def remove_partials(directory: Path, prefix: str = "") -> None:
 
 
 @contextlib.contextmanager
-def building(path: Path) -> Iterator[Path]:
+def building(path: Path, *, keep_first: bool = False) -> Iterator[Path]:
     """A new directory beside ``path`` that becomes ``path`` when the block ends well.
 
     A block that fails leaves nothing; one that is killed leaves a directory that is never taken for whole.
+    keep_first: where somebody else put the same there meanwhile, that stays, and this one goes.
     """
     beside = partial_beside(path)
     beside.mkdir(parents=True, mode=0o755)
     beside.chmod(0o755)
     try:
         yield beside
-        beside.rename(path)
+        try:
+            beside.rename(path)
+        except OSError:
+            if not (keep_first and path.is_dir()):
+                raise
+            remove_tree(beside)
     except BaseException:
         remove_tree(beside)
         raise

@@ -122,6 +122,11 @@ class Node:
         """The living init of the node."""
         return processes.inits().get(str(self.upper))
 
+    def listening(self) -> list[int]:
+        """Ports on which the node accepts connections; sshd may have been moved to any."""
+        init = self.init()
+        return ssh.listening(Path(f"/proc/{init.pid}/net")) if init is not None else []
+
 
 def check_overlay(paths: Paths) -> None:
     """Raise LabError when no node's root could be mounted in the state directory."""
@@ -398,7 +403,9 @@ def wait_until_up(node: Node, not_boot: str | None = None, seconds: float = BOOT
     said = "no answer"
     while time.monotonic() < until:
         try:
-            boot, state = ssh.wait_for_login(node.paths, node.user, node.address, 1.0)
+            boot, state = ssh.wait_for_login(
+                node.paths, node.user, node.address, 1.0, node.listening
+            )
         except TimeoutError as error:
             said = str(error)
             if not is_on(node):

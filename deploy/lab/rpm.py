@@ -471,10 +471,9 @@ def convert(missing: Sequence[Job], image: Path, work: Path, log: Path) -> None:
     )
     run_logged(inside(image, work, lab, script), log, "making RPMs")
     for job in missing:
-        if not job.made.is_dir():  # another lab may have made it meanwhile
-            with building(job.made) as directory:
-                for path in (lab / "rpms" / job.made.name).iterdir():
-                    shutil.copyfile(path, directory / path.name)
+        with building(job.made, keep_first=True) as directory:  # other labs share the cache
+            for path in (lab / "rpms" / job.made.name).iterdir():
+                shutil.copyfile(path, directory / path.name)
 
 
 def place(files: Sequence[Path], repository: Path) -> None:

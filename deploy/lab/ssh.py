@@ -6,12 +6,16 @@ import secrets
 import socket
 import subprocess
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from deploy.lab.commands import environment, run
 from deploy.lab.files import make_directory, write_whole
 from deploy.lab.state import Paths
+
+PORT = 22
+LISTENING = "0A"
+"""The state of a socket in /proc/net/tcp that accepts connections."""
 
 
 def make_key(path: Path, comment: str) -> str:
@@ -57,8 +61,8 @@ def merge_known_hosts(text: str, new: Mapping[str, str], live: Iterable[str]) ->
     return "".join(f"{line}\n" for line in lines)
 
 
-def login(paths: Paths, user: str, address: str) -> list[str]:
-    """ssh argv that enters a node without ever asking."""
+def login(paths: Paths, user: str, address: str, port: int = PORT) -> list[str]:
+    """ssh argv that enters a node without ever asking. Its pinned key counts on every port."""
     options = {
         "BatchMode": "yes",
         "ConnectTimeout": "3",
@@ -66,36 +70,55 @@ def login(paths: Paths, user: str, address: str) -> list[str]:
         "StrictHostKeyChecking": "yes",
         "UserKnownHostsFile": str(paths.known_hosts),
         "GlobalKnownHostsFile": "/dev/null",
+        "HostKeyAlias": address,
         "LogLevel": "ERROR",
     }
-    argv = ["ssh", "-F", "/dev/null", "-i", str(paths.key)]
+    argv = ["ssh", "-F", "/dev/null", "-i", str(paths.key), "-p", str(port)]
     for name, value in options.items():
         argv += ["-o", f"{name}={value}"]
     return [*argv, f"{user}@{address}"]
 
 
-def listens(address: str, seconds: float = 0.5) -> bool:
-    """Whether something accepts connections on the node's port 22."""
+def listening(net: Path) -> list[int]:
+    """Ports on which something accepts connections, the usual one of sshd first. net: /proc/PID/net."""
+    found = set()
+    for name in ("tcp", "tcp6"):
+        try:
+            lines = (net / name).read_text().splitlines()[1:]
+        except OSError:  # the node goes or comes
+            continue
+        for _, local, _, state, *_ in map(str.split, lines):
+            if state == LISTENING:
+                found.add(int(local.rpartition(":")[2], 16))
+    return sorted(found, key=lambda port: (port != PORT, port))
+
+
+def greets(address: str, port: int, seconds: float = 0.5) -> bool:
+    """Whether an SSH server answers there: it speaks first (RFC 4253, section 4.2)."""
     try:
-        with socket.create_connection((address, 22), timeout=seconds):
-            return True
+        with socket.create_connection((address, port), timeout=seconds) as connection:
+            connection.settimeout(seconds)
+            return connection.recv(4) == b"SSH-"
     except OSError:
         return False
 
 
-def wait_for_login(paths: Paths, user: str, address: str, seconds: float) -> tuple[str, str]:
+def wait_for_login(
+    paths: Paths, user: str, address: str, seconds: float, ports: Callable[[], Sequence[int]]
+) -> tuple[str, str]:
     """Wait for a login; returns the boot id and what ``systemctl is-system-running`` says.
 
-    Raises TimeoutError with the last thing that ssh said.
+    ports: those on which the node listens now. Raises TimeoutError with the last thing that ssh said.
     """
     until = time.monotonic() + seconds
-    said = "no answer on port 22"
+    said = "no SSH server answers"
     while time.monotonic() < until:
-        if listens(address):
+        port = next((port for port in ports() if greets(address, port)), None)
+        if port is not None:
             try:
                 done = subprocess.run(
                     [
-                        *login(paths, user, address),
+                        *login(paths, user, address, port),
                         "cat /proc/sys/kernel/random/boot_id; systemctl is-system-running --wait",
                     ],
                     stdin=subprocess.DEVNULL,

@@ -125,9 +125,19 @@ def inject(paths: Paths, node: str, name: str) -> Sequence[str]:
             raise LabError(
                 f"{name} is for nodes of the family {', '.join(fault.os)}, and {each.name} is {each.family}"
             )
+    broken: list[str] = []
     for each, init in inits.items():
-        _script(name, each.name, init, fault.on(each.family))
-    return [each.name for each in there]
+        try:
+            _script(name, each.name, init, fault.on(each.family))
+        except LabError as error:
+            if not broken:
+                raise
+            raise LabError(
+                f"{error}; it lies on {', '.join(broken)} already, which `pyinfra inventory.py "
+                "deploy/cluster.py` repairs"
+            ) from None
+        broken.append(each.name)
+    return broken
 
 
 def _known(faults: Mapping[str, Fault], name: str) -> Fault:

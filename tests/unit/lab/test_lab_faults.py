@@ -130,6 +130,11 @@ def two_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Paths:
         "pdsh/head": {**EITHER, "node": "head"},
         "pdsh/worker": {**EITHER, "node": "worker", "break": {"debian": "x", "rpm": "echo r >$broken"}},
         "pdsh/all": {**EITHER, "node": "all", "break": "echo a >$broken"},
+        "pdsh/half": {
+            **EITHER,
+            "node": "all",
+            "break": {"debian": "true", "rpm": "echo E: no such package >&2; false"},
+        },
         "pdsh/fails": {**EITHER, "break": "echo E: no such package >&2; false; true"},
     }  # fmt: skip
     models = {name: faults.Fault.model_validate(each) for name, each in known.items()}
@@ -147,6 +152,7 @@ def two_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Paths:
         ("node1", "pdsh/worker", "cannot be injected on node1: choose a node other than the head"),
         ("node3", "pdsh/worker", "node3 is off: run `lab start node3`"),
         ("node2", "pdsh/fails", "could not be injected on node2: E: no such package"),
+        ("node2", "pdsh/half", "injected on node2: E: no such package; it lies on node1 already"),
     ],
 )
 def test_a_break_that_cannot_be_is_refused_in_one_sentence(

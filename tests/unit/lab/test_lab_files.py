@@ -42,6 +42,22 @@ def test_a_build_that_fails_leaves_neither_result_nor_remains(tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
+def test_of_two_builds_of_the_same_at_once_the_first_stays(tmp_path: Path) -> None:
+    def both(keep_first: bool) -> None:
+        with files.building(tmp_path / "made", keep_first=keep_first) as later:
+            (later / "by").write_text("the later")
+            with files.building(tmp_path / "made") as first:
+                (first / "by").write_text("the first")
+
+    both(keep_first=True)
+    assert (tmp_path / "made/by").read_text() == "the first"
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+    files.remove_tree(tmp_path / "made")
+    with pytest.raises(OSError, match="not empty"):
+        both(keep_first=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
 def test_remains_of_killed_builds_are_removed_and_others_kept(tmp_path: Path) -> None:
     base = files.partial_beside(tmp_path / "base-x")
     other = files.partial_beside(tmp_path / "environment")
