@@ -197,16 +197,19 @@ def _unreadable(node: str, role: str, reason: str) -> Wrong:
 def compare(looks: Looks, nodes: Iterable[Any]) -> list[Identity]:
     """Every role's facts, compared between the nodes that could be read."""
     nodes = list(nodes)
-    rows = [
-        (
-            fact,
-            {node.name: value for node in nodes if (value := _value(looks, role, fact, node))},
-        )
-        for role in looks.roles
-        for fact in role.facts
-    ]
-    systems = {name: value for fact, values in rows if fact.is_os for name, value in values.items()}
-    return [judge(fact, values, looks.cluster, systems) for fact, values in rows]
+    rows: dict[str, tuple[Fact[Any], dict[str, str]]] = {}
+    for role in looks.roles:
+        for fact in role.facts:
+            _, values = rows.get(fact.name, (fact, {}))
+            own = {node.name: value for node in nodes if (value := _value(looks, role, fact, node))}
+            rows[fact.name] = fact, values | own
+    systems = {
+        name: value
+        for fact, values in rows.values()
+        if fact.is_os
+        for name, value in values.items()
+    }
+    return [judge(fact, values, looks.cluster, systems) for fact, values in rows.values()]
 
 
 def _value(looks: Looks, role: AnyRole, fact: Fact[Any], node: Any) -> str | None:

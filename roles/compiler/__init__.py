@@ -8,6 +8,7 @@ from roles.core.role import Fact, Role
 
 
 def _version(state: CompilerState) -> str | None:
+    """Of the C++ compiler that a login finds: it is the one that builds extensions."""
     return state.tools["c++"].version if "c++" in state.tools else None
 
 
@@ -22,6 +23,6 @@ role: Role[CompilerSpec, CompilerState] = Role(
     drift=drift,
     converge=converge,
     needs=("packages",),
-    facts=(Fact("c++ in a login", "equal per class and os", _version),),
+    facts=(Fact("gcc", "equal per class and os", _version),),
     proof=proof,
 )

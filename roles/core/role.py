@@ -104,6 +104,7 @@ Rule = Literal["equal", "equal per class", "equal per class and os", "differs", 
 class Fact(Generic[T]):
     """A value of each node, compared between the nodes.
 
+    name: of its row. Where two roles know the same, the later role's value and rule count.
     rule: "equal" on all nodes, "equal per class" within a ``gpu_class``, "equal per class and os"
     within a class among nodes of one operating system's release, "differs" on every node; "any" is
     shown and never judged.

@@ -573,3 +573,15 @@ def test_the_system_by_which_nodes_are_grouped_is_itself_a_fact(
     system = fact("os", "any", ["Debian 12", os], is_os=True)
     report = report_of(lab, toy(lab, "a", facts=(kernel,)), toy(lab, "b", facts=(system,)))
     assert [row.ok for row in report.identity] == [ok, True]
+
+
+def test_what_two_roles_know_is_one_row_with_the_later_roles_value(lab: Lab) -> None:
+    def gcc(rule: Rule, **values: str) -> Fact[Any]:
+        left = [values.get(name) for name in NAMES]
+        return Fact("gcc", rule, lambda state: left.pop(0))
+
+    system = gcc("any", node1="11.5", node2="12.2")
+    login = gcc("equal", node1="12.2")
+    roles = (toy(lab, "a", facts=(system,)), toy(lab, "b", facts=(login,)))
+    (row,) = report_of(lab, *roles).identity
+    assert row.values == {"node1": "12.2", "node2": "12.2"} and row.ok and row.rule == "equal"
