@@ -17,7 +17,7 @@ from roles.core.steps import quote
 from roles.environment.prove import PROOF
 from roles.nccl.spec import AUTO, DEBS, RPMS, NcclSpec, environment_of
 from roles.packages.fences import LOCKS, Installed, LockList, parse_installed
-from roles.packages.managers import Manager
+from roles.packages.managers import Manager, apt_sources, dnf_sources
 from roles.packages.spec import PackagesSpec
 
 PIN = "/etc/apt/preferences.d/lockstep-nccl"
@@ -136,11 +136,11 @@ owned() {
 """
 
 
-def _apt(local: str | None) -> str:
-    """Packages, their files, what is offered, and our pin. local: the one source that is used, if declared."""
+def _apt(packages: PackagesSpec) -> str:
+    """Packages, their files, and what is offered by the sources from which packages are installed."""
     names = " ".join(DEBS)
-    if local:
-        index = quote(f"{local}/Packages")
+    if packages.local and not packages.sources_of("apt"):
+        index = quote(f"{packages.local}/Packages")
         offered = (
             f"if test -f {index}; then echo offers\n"
             '  awk \'/^Package: / { p = $2 } /^Version: / && (p == "libnccl2" || p == "libnccl-dev") '
@@ -148,8 +148,11 @@ def _apt(local: str | None) -> str:
             "fi"
         )
     else:
+        # apt's cache is of all sources and stays so: with others it is made anew, in memory.
+        options = [*apt_sources(packages), "Dir::Cache::pkgcache=", "Dir::Cache::srcpkgcache="]
+        only = " ".join(f"-o {quote(each)}" for each in options) if packages.local else ""
         offered = (
-            f"if all=$(apt-cache madison {names} 2>/dev/null); then echo offers\n"
+            f"if all=$(apt-cache {only} madison {names} 2>/dev/null); then echo offers\n"
             "  printf '%s\\n' \"$all\" | while read -r name bar version rest; do\n"
             '    if test "$bar" = \'|\'; then printf \'offered\\t%s\\t%s\\n\' "$name" "$version"; fi\n'
             "  done\n"
@@ -170,7 +173,18 @@ satisfied "$(printf '%s\\n' "$all" | while read -r word status name version; do 
 """
 
 
-_RPM = rf"""
+def _rpm(packages: PackagesSpec) -> str:
+    """The same with rpm and dnf or yum."""
+    # What is on the node's own disk is read as it is now; of what is elsewhere the last answer counts.
+    begin, way, end = "", "-C", ""
+    if packages.local and not packages.sources_of("rpm"):
+        begin, way, end = (
+            "cache=$(mktemp -d) || exit 3",
+            '--setopt=cachedir="$cache"',
+            'rm -rf "$cache"',
+        )
+    only = " ".join([way, *map(quote, dnf_sources(packages))])
+    return rf"""
 printf 'manager\trpm\n'
 all=$(rpm -q --qf 'package\tii\t%{{NAME}}\t%{{VERSION}}-%{{RELEASE}}\n' {" ".join(RPMS)} 2>&1)
 case $all in *'package{chr(9)}'*|*' is not installed'*) ;; *) printf '%s\n' "$all" >&2; exit 3;; esac
@@ -183,11 +197,14 @@ locks
 satisfied "$(printf '%s\n' "$all" | while read -r word status name version; do
   if test "$status" = ii; then printf '%s ' "$version"; fi; done)" || {{
   tool=yum; if command -v dnf >/dev/null; then tool=dnf; fi
-  if all=$($tool -q -C --showduplicates list {RPMS[0]} {RPMS[1]} 2>/dev/null); then
+  {begin}
+  if all=$($tool -q {only} --showduplicates list {RPMS[0]} {RPMS[1]} 2>/dev/null); then
     echo offers; printf '%s\n' "$all" | while read -r line; do printf 'listed\t%s\n' "$line"; done
   fi
+  {end}
 }}
 """
+
 
 # What is offered is asked only where it matters: not where every package has the declared version.
 _SATISFIED = r"""
@@ -205,7 +222,7 @@ satisfied() {
 def probe(target: Target[NcclSpec]) -> str:
     """Lines of a key and its values, separated by tabs; our pin last, as it is; then ``end``."""
     spec = target.spec
-    packages = target.cluster.section("packages", PackagesSpec)
+    packages = target.cluster.section("packages", PackagesSpec) or PackagesSpec()
     one = environment_of(spec, target.cluster)
     asked = ""
     if one is not None:
@@ -223,7 +240,6 @@ for d in "$P"/lib/python3*/site-packages/nvidia_nccl*-info "$P"/lib/python3*/sit
 done
 """
     wanted = "" if spec.version == AUTO else spec.version
-    alone = packages.local if packages and not packages.sources_of("apt") else None
     return f"""
 export LC_ALL=C PATH="$PATH:/usr/sbin:/sbin"
 tab=$(printf '\\t') wanted={quote(wanted)} least={2 if spec.dev else 1}
@@ -231,9 +247,9 @@ tab=$(printf '\\t') wanted={quote(wanted)} least={2 if spec.dev else 1}
 {_OWNED.strip()}
 {asked.strip()}
 if command -v dpkg-query >/dev/null; then
-{_apt(alone).strip()}
+{_apt(packages).strip()}
 elif command -v rpm >/dev/null; then
-{LOCKS}{_RPM.strip()}
+{LOCKS}{_rpm(packages).strip()}
 else
   echo 'neither dpkg nor rpm is there' >&2; exit 3
 fi

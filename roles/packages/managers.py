@@ -61,6 +61,23 @@ patiently() {{
 """.lstrip()
 
 
+def apt_sources(spec: PackagesSpec) -> list[str]:
+    """Options of apt's tools under which they know the declared sources alone, where one is local."""
+    if not spec.local:
+        return []
+    return [
+        f"Dir::Etc::sourcelist={APT_SOURCE}",
+        "Dir::Etc::sourceparts=-",
+        "APT::Get::List-Cleanup=0",  # the lists of the others stay as they are
+        "APT::Sandbox::User=root",
+    ]
+
+
+def dnf_sources(spec: PackagesSpec) -> list[str]:
+    """The same for dnf and yum."""
+    return ["--disablerepo=*", f"--enablerepo={OWN_REPOSITORIES}"] if spec.local else []
+
+
 def apt(spec: PackagesSpec, action: str, *words: str) -> str:
     """apt-get with this action, from the declared source; the shell needs ``PATIENCE`` before it."""
     options = [
@@ -68,14 +85,8 @@ def apt(spec: PackagesSpec, action: str, *words: str) -> str:
         "Dpkg::Use-Pty=0",
         "Dpkg::Options::=--force-confdef",
         "Dpkg::Options::=--force-confold",
+        *apt_sources(spec),
     ]
-    if spec.local:  # this source alone; the lists of the others stay as they are
-        options += [
-            f"Dir::Etc::sourcelist={APT_SOURCE}",
-            "Dir::Etc::sourceparts=-",
-            "APT::Get::List-Cleanup=0",
-            "APT::Sandbox::User=root",
-        ]
     argv = ["patiently", "apt-get", "-y", "-q"]
     for option in options:
         argv += ["-o", option]
@@ -96,15 +107,13 @@ def apt_ready(spec: PackagesSpec) -> list[str]:
 
 def dnf(spec: PackagesSpec, *words: str) -> str:
     """dnf, or yum where there is none, likewise; words: options, action and names."""
-    only = ["--disablerepo=*", f"--enablerepo={OWN_REPOSITORIES}"] if spec.local else []
-    argv = ["-y", "--setopt=exit_on_lock=1", *only, *words]
+    argv = ["-y", "--setopt=exit_on_lock=1", *dnf_sources(spec), *words]
     return f"patiently $dnf {' '.join(map(quote, argv))}"
 
 
 def dnf_trial(spec: PackagesSpec, *words: str) -> str:
     """Shell that prints the names of the packages that dnf or yum would remove or replace."""
-    only = ["--disablerepo=*", f"--enablerepo={OWN_REPOSITORIES}"] if spec.local else []
-    argv = ["--assumeno", *only, *words]
+    argv = ["--assumeno", *dnf_sources(spec), *words]
     return f"trial {' '.join(map(quote, argv))}"
 
 

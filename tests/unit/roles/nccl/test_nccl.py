@@ -487,7 +487,9 @@ def run_probe(tmp_path: Path, fakes: Mapping[str, str], one: Target[NcclSpec]) -
     """The probe with these fake programs before the real ones, and with none of the other family's."""
     binaries = tmp_path / "bin"
     binaries.mkdir()
-    for tool in ("awk", "cat", "grep", "readlink", "ldconfig"):
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    for tool in ("awk", "cat", "grep", "readlink", "ldconfig", "mktemp", "rm"):
         real = next(p for d in ("/usr/bin", "/bin", "/sbin") if (p := Path(d, tool)).exists())
         (binaries / tool).symlink_to(real)
     for name, text in fakes.items():
@@ -499,9 +501,9 @@ def run_probe(tmp_path: Path, fakes: Mapping[str, str], one: Target[NcclSpec]) -
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
-        env={**os.environ, "PATH": str(binaries)},
+        env={**os.environ, "PATH": str(binaries), "TMPDIR": str(temporary)},
     )
-    assert done.stderr == "" and done.returncode == 0
+    assert done.stderr == "" and done.returncode == 0 and list(temporary.iterdir()) == []
     return parse(done.stdout.strip("\n"))
 
 
@@ -551,6 +553,45 @@ def test_the_probe_asks_apt_where_there_is_no_local_source(tmp_path: Path) -> No
     }
     state = run_probe(tmp_path, fakes, one)
     assert state.offered is not None and state.offered["libnccl2"] == {V20, V21}
+
+
+MIRROR = {"name": "m", "url": "file:/srv/mirror"}
+
+
+@pytest.mark.parametrize("sources", [[], [{**MIRROR, "os": "rpm"}]])
+def test_beside_a_local_repository_nothing_counts_that_the_node_may_not_install(
+    tmp_path: Path, sources: list[dict[str, str]]
+) -> None:
+    one = target(version=V20)
+    packages = PackagesSpec.model_validate({"local": "/srv/packages", "sources": sources})
+    one = replace(one, cluster=replace(one.cluster, sections={"packages": packages}))
+    dnf = f"""
+case $* in
+  *' -C '*--disablerepo=\\*\\ --enablerepo=lockstep-\\*\\ *) test {len(sources)} = 1;;
+  *--setopt=cachedir=/*--disablerepo=\\*\\ --enablerepo=lockstep-\\*\\ *) test {len(sources)} = 0;;
+  *) false;;
+esac || exit 1
+cat <<'X'
+{DNF_LIST}X"""
+    state = run_probe(tmp_path, {"rpm": RPM, "dnf": dnf}, one)
+    assert state.offered is not None and state.offered["libnccl"] == {V18, V20}
+
+
+def test_apt_is_asked_for_the_declared_sources_alone_beside_a_local_repository(
+    tmp_path: Path,
+) -> None:
+    one = target(version=V20)
+    packages = PackagesSpec.model_validate(
+        {"local": "/srv/packages", "sources": [{**MIRROR, "os": "apt"}]}
+    )
+    one = replace(one, cluster=replace(one.cluster, sections={"packages": packages}))
+    fakes = {
+        "dpkg-query": "echo 'dpkg-query: no packages found matching libnccl2'; exit 1",
+        "apt-cache": f"case $* in *Dir::Etc::sourcelist=*lockstep-local.list*madison*) "
+        f"echo 'libnccl2 | {V20} | file:/srv/mirror ./ Packages';; esac",
+    }
+    state = run_probe(tmp_path, fakes, one)
+    assert state.offered is not None and state.offered["libnccl2"] == {V20}
 
 
 @pytest.mark.parametrize("environments", [(), ("main",)])
