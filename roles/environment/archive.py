@@ -13,9 +13,9 @@ import shutil
 import subprocess
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from lzma import LZMAError
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, Literal
@@ -23,6 +23,7 @@ from typing import IO, Any, Literal
 from gevent.lock import RLock
 
 from inventory.settings import state_directory
+from roles.environment import mend, metadata
 
 CHUNK = 1 << 20
 
@@ -41,7 +42,11 @@ class Archive:
     python: version of the interpreter, major.minor.
     interpreter: below the root, what can run before the environment is mended.
     home: the node's own interpreter that a venv borrows; None when the environment has its own.
-    distributions: names of the metadata folders in site-packages.
+    distributions: names of the metadata folders in site-packages that own their files.
+    strays: metadata folders whose files another distribution has replaced; they are not unpacked.
+    unclear: metadata folders that claim the same files, where neither record holds: ``A and B``.
+    requires: metadata folder to what its distribution requires, as ``Requires-Dist`` spells it.
+    editables: normal name of each editable install to its source, a folder outside the environment.
     """
 
     sha256: str
@@ -53,6 +58,10 @@ class Archive:
     interpreter: str
     home: str | None
     distributions: tuple[str, ...] = ()
+    strays: tuple[str, ...] = ()
+    unclear: tuple[str, ...] = ()
+    requires: Mapping[str, list[str]] = field(default_factory=dict)
+    editables: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def file_name(self) -> str:
@@ -132,7 +141,8 @@ def _remembered(memory: Path) -> dict[str, Any]:
 
 def _archive(record: dict[str, Any]) -> Archive:
     values = {key: value for key, value in record.items() if key != "identity"}
-    return Archive(**{**values, "distributions": tuple(values["distributions"])})
+    lists = {name: tuple(values[name]) for name in ("distributions", "strays", "unclear")}
+    return Archive(**{**values, **lists})
 
 
 def read(path: Path) -> Archive:
@@ -154,7 +164,37 @@ def read(path: Path) -> Archive:
     except (tarfile.ReadError, EOFError, zlib.error, LZMAError, OSError) as error:
         kind = "is damaged or cut short" if found.entries else "is no tar archive of an environment"
         raise ArchiveProblem(f"{path} {kind} ({error})") from None
-    return found.archive(path, digest.hexdigest(), size, ending)
+    archive = found.archive(path, digest.hexdigest(), size, ending)
+    groups = metadata.doubtful(archive.distributions)
+    if not groups:
+        return archive
+    texts = found.texts[archive.root]
+    listed = {
+        file
+        for group in groups
+        for folder in group
+        for file in metadata.recorded(texts.get(folder, {}).get("RECORD", ""))
+    }
+    with _opened(path, ending) as stream, tarfile.open(fileobj=stream, mode=mode) as tar:
+        strays, unclear = metadata.judge(groups, texts, _hashes(tar, archive.root, listed))
+    own = tuple(folder for folder in archive.distributions if folder not in strays)
+    return replace(archive, distributions=own, strays=tuple(strays), unclear=tuple(unclear))
+
+
+def _hashes(tar: tarfile.TarFile, root: str, listed: Collection[str]) -> dict[str, str]:
+    """File in site-packages to its SHA-256 as RECORD spells it, for the listed files."""
+    found = {}
+    for member in tar:
+        match = SITE.fullmatch(member.name)
+        if not match or match["root"] != root or not match["entry"] or not member.isreg():
+            continue
+        file = "/".join(filter(None, (match["entry"], match["rest"])))
+        if file in listed and (stream := tar.extractfile(member)):
+            digest = hashlib.sha256()
+            while chunk := stream.read(CHUNK):
+                digest.update(chunk)
+            found[file] = metadata.spelt(digest.digest())
+    return found
 
 
 def _kind(start: bytes) -> tuple[str, Mode]:
@@ -190,9 +230,20 @@ def _opened(path: Path, ending: str) -> Iterator[IO[bytes]]:
 
 PYTHON_OF_BIN = re.compile(r"(?P<root>.*?)/?bin/(?P<name>python[0-9.]*)")
 SITE = re.compile(
-    r"(?P<root>.*?)/?lib/python(?P<version>[0-9]+\.[0-9]+)/site-packages(/(?P<entry>[^/]+).*)?"
+    r"(?P<root>.*?)/?lib/python(?P<version>[0-9]+\.[0-9]+)/site-packages(/(?P<entry>[^/]+)(/(?P<rest>.+))?)?"
 )
+SCRIPT = re.compile(r"(?P<root>.*?)/?bin/[^/]+")
 MARK = re.compile(r"(?P<root>.*?)/?(pyvenv\.cfg|conda-meta/history)")
+
+
+METADATA_BYTES = 16 << 20
+"""More than the longest RECORD has: that of torch has about two."""
+
+
+def _start(tar: tarfile.TarFile, member: tarfile.TarInfo, size: int) -> bytes:
+    """The first bytes of a regular file; none of anything else."""
+    file = tar.extractfile(member) if member.isreg() else None
+    return file.read(size) if file else b""
 
 
 class _Listing:
@@ -205,6 +256,8 @@ class _Listing:
         self.versions: dict[str, str] = {}  # root -> major.minor
         self.metadata: dict[str, set[str]] = {}  # root -> metadata folders
         self.marks: dict[str, str] = {}  # root -> text of pyvenv.cfg, empty for conda
+        self.texts: dict[str, dict[str, dict[str, str]]] = {}  # root -> metadata.Texts
+        self.prefixes: dict[str, set[bytes]] = {}  # root -> where the environment has lived
 
     def add(self, tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
         """Note a member if it says something about the environment."""
@@ -217,13 +270,27 @@ class _Listing:
         elif match := SITE.fullmatch(name):
             self.versions.setdefault(match["root"], match["version"])
             entry = match["entry"] or ""
-            if entry.endswith((".dist-info", ".egg-info")):
+            if entry.endswith(metadata.ENDINGS):
                 self.metadata.setdefault(match["root"], set()).add(entry)
+            if metadata.is_told(entry, match["rest"] or ""):
+                entries = self.texts.setdefault(match["root"], {})
+                texts = entries.setdefault(entry, {})
+                texts[match["rest"] or ""] = _start(tar, member, METADATA_BYTES).decode(
+                    errors="replace"
+                )
         elif match := MARK.fullmatch(name):
-            text = ""
-            if name.endswith("pyvenv.cfg") and (file := tar.extractfile(member)):
-                text = file.read(65536).decode(errors="replace")
-            self.marks[match["root"]] = text
+            text = b"" if name.endswith("history") else _start(tar, member, 65536)
+            self.marks[match["root"]] = text.decode(errors="replace")
+            self._lived(match["root"], mend.declared_prefixes(text, b""))
+        elif match := SCRIPT.fullmatch(name):
+            script = _start(tar, member, 65536)
+            own = mend.interpreter_prefix(script)
+            self._lived(match["root"], {own} if own else set())
+            if name.endswith("/activate"):
+                self._lived(match["root"], mend.declared_prefixes(b"", script))
+
+    def _lived(self, root: str, prefixes: set[bytes]) -> None:
+        self.prefixes.setdefault(root, set()).update(prefixes)
 
     def archive(self, path: Path, sha256: str, size: int, ending: str) -> Archive:
         """Put it together. Raises ArchiveProblem when it is not one environment."""
@@ -244,8 +311,20 @@ class _Listing:
         if folder and home is None:
             home = f"{folder[1]}/python{version}"  # a venv with a copied interpreter
         folders = tuple(sorted(self.metadata.get(root, ())))
-        program = f"bin/{name}"
-        return Archive(sha256, size, self.unpacked, ending, root, version, program, home, folders)
+        texts = self.texts.get(root, {})
+        return Archive(
+            sha256,
+            size,
+            self.unpacked,
+            ending,
+            root,
+            version,
+            f"bin/{name}",
+            home,
+            folders,
+            requires=metadata.requirements(texts),
+            editables=metadata.editables(texts, map(os.fsdecode, self.prefixes.get(root, ()))),
+        )
 
     def _root(self, path: Path) -> str:
         roots = [root for root in self.pythons if root in self.versions]

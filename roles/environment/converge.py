@@ -19,7 +19,7 @@ from roles.environment.archive import TOOLS, Archive, describe
 from roles.environment.drift import Action, Pair, pairs, wanted_proof, wanted_stamp
 from roles.environment.parcel import deliver, place_of
 from roles.environment.probe import BIN_ON_PATH, EnvironmentState, parcel_of
-from roles.environment.prove import PROOF, STAMP
+from roles.environment.prove import STAMP
 from roles.environment.spec import Declared, Environments
 
 UNPACK_SECONDS = 1800
@@ -133,14 +133,22 @@ def unpack(one: Declared, archive: Archive, path: str, kept: Sequence[str] = ())
         f'  echo "no room for {one.name}: $D has $((F / 1024)) MiB free, {need // 1024} are needed" >&2; exit 1; fi\n'
         'mkdir -m 0755 "$N"\n'
         f'E=$(tar -x -f "$A" {f"-I {tool} " if tool else ""}-C "$N" --no-same-owner --no-same-permissions '
-        f"--strip-components={strip} --exclude={STAMP} --exclude={PROOF}"
+        f"--strip-components={strip} --exclude='.lockstep-*'"
         f"{' -- ' + quote(archive.root) if archive.root not in ('', '.') else ''} 2>&1) "
         '|| broken "$(printf \'%s\\n\' "$E" | head -n 1)"\n'
         'chmod 0755 "$N"\n'
+        f"{_without_strays(archive)}"
         f"{_mend('N', archive)}"
         f"{put_in_place(one, archive, stamped=False)}"
         f'for f in {quote(parcel.LOCAL)}/archives/*; do case ${{f##*/}} in {names}) ;; *) rm -f "$f";; esac; done\n'
     )
+
+
+def _without_strays(archive: Archive) -> str:
+    """Shell: out of the tree at $N go the records whose files another distribution has replaced."""
+    site = f"lib/python{archive.python}/site-packages"
+    words = " ".join(f'"$N"/{quote(f"{site}/{folder}")}' for folder in archive.strays)
+    return f"rm -rf -- {words}\n" if words else ""
 
 
 def unless_stamped(one: Declared, archive: Archive) -> str:
