@@ -1,7 +1,8 @@
 """What every fault takes to find and to repair on real nodes: JSON rows on standard output, a table beside.
 
-Brings up a lab of its own, converges it, and puts the faults through the loop of the tests. A loop that
-does not hold is said under the table, its nodes are converged again, and the exit code is 1.
+Brings up a lab of its own, converges it, and puts the faults through the loop of the tests: up to four in
+one, which then share its seconds, or with ``--alone`` each for itself. A loop that does not hold is said
+under the table, its nodes are converged again, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--os", choices=SYSTEMS, default=OS, help="the lab's nodes (%(default)s)")
     parser.add_argument("--sample", action="store_true", help="one fault a role and family")
+    parser.add_argument("--alone", action="store_true", help="each in a loop of its own")
     parser.add_argument("fault", nargs="*", help="ROLE or ROLE/SLUG; all when none is given")
     asked = parser.parse_args()
     nodes = nodes_of(asked.os)
@@ -34,12 +36,13 @@ def main() -> int:
     ]
     if not chosen:
         parser.error(f"no fault of {', '.join(asked.fault)} can be injected on {asked.os} nodes")
+    chosen = sample(chosen) if asked.sample else chosen
     rows: list[Row] = []
     failed = []
     with bring_up(STATE, asked.os) as site:
         site.converge()
         site.finished(JOB["name"])
-        for broken in plan(sample(chosen) if asked.sample else chosen):
+        for broken in [[case] for case in chosen] if asked.alone else plan(chosen):
             try:
                 rows += cycle(site, broken)
             except AssertionError as error:

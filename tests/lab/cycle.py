@@ -1,7 +1,7 @@
 """Break, find, repair, and find nothing more: the loop that every fault goes through.
 
-Two faults are tried in one loop, of different roles and on different nodes, where neither can hide the
-other; what verify finds is held against both.
+Up to four faults are tried in one loop, two a node, where none can hide another; what verify finds is
+held against all of them.
 """
 
 from __future__ import annotations
@@ -14,8 +14,12 @@ from deploy.lab import faults
 from deploy.lab.faults import Fault
 from deploy.lab.state import Family
 from roles import registry
+from roles.core.look import AnyRole
 from roles.core.role import required
 from tests.lab.site import JOB, NODES, Site
+
+A_NODE = 2
+"""So many faults lie on one node at once."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +35,17 @@ class Case:
     def role(self) -> str:
         return self.name.partition("/")[0]
 
+    @property
+    def lies_on(self) -> frozenset[str]:
+        """The nodes that it breaks."""
+        return frozenset(NODES if self.fault.node == "all" else [self.node])
+
 
 @dataclass(frozen=True)
 class Row:
-    """What a loop took. detect_s: verify's, with all proofs; repair_s: the one run's; seconds of wall clock.
+    """What the loop of a fault took, with all the faults that were tried together.
 
+    detect_s: verify's, with all proofs; repair_s: the one run's; seconds of wall clock.
     changes: operations that changed something on the second run.
     """
 
@@ -76,14 +86,18 @@ def rest(every: Sequence[Case]) -> list[Case]:
 
 
 def plan(every: Sequence[Case]) -> list[list[Case]]:
-    """The cases in pairs that do not hide each other, or alone."""
-    left, found = list(every), []
+    """The cases in loops, none of which has two that could hide each other."""
+    left = sorted(every, key=lambda case: not _role(case).crossing)  # of them, a loop has but one
+    found: list[list[Case]] = []
     while left:
-        first = left.pop(0)
-        second = next((case for case in left if _apart(first, case)), None)
-        if second is not None:
-            left.remove(second)
-        found.append([first] if second is None else [first, second])
+        row: list[Case] = []
+        for case in left:
+            lying = [node for other in row for node in other.lies_on]
+            room = all(lying.count(node) < A_NODE for node in case.lies_on)
+            if room and all(_apart(case, other) for other in row):
+                row.append(case)
+        left = [case for case in left if case not in row]
+        found.append(row)
     return found
 
 
@@ -93,23 +107,32 @@ def label(broken: Sequence[Case]) -> str:
 
 
 def _apart(one: Case, other: Case) -> bool:
-    if "all" in (one.fault.node, other.fault.node) or one.node == other.node:
-        return False
-    return one.role != other.role and not (_reaches_over(one.role) and _reaches_over(other.role))
+    """Whether verify names both, and one run repairs both.
+
+    On both nodes lies a role's same fault or none, and what is proved between nodes breaks once alone.
+    """
+    crossing = [_role(case).crossing for case in (one, other)]
+    if one.role == other.role:
+        return one.name == other.name and one.node != other.node and not any(crossing)
+    return not all(crossing) and not _hides(one, other) and not _hides(other, one)
 
 
-def _reaches_over(name: str) -> bool:
-    """Whether the role is judged by proofs between nodes, or carries them."""
-    crossing = [role for role in registry.ROLES if role.crossing]
-    carried = {need for role in crossing for need in (*role.needs, *role.proof_needs)}
-    return name in {role.name for role in crossing} | set(required(carried, registry.ROLES))
+def _hides(cause: Case, case: Case) -> bool:
+    """Whether a role is not judged for the other, or that node left out of what nodes prove together."""
+    role = _role(case)
+    met = role.crossing or bool(cause.lies_on & case.lies_on)
+    return met and cause.role in required([*role.needs, *role.proof_needs], registry.ROLES)
+
+
+def _role(case: Case) -> AnyRole:
+    return next(role for role in registry.ROLES if role.name == case.role)
 
 
 def cycle(site: Site, broken: Sequence[Case]) -> list[Row]:
     """Break, verify, converge once, verify, converge again; a row for each case.
 
-    Raises AssertionError where a fault is not found under its id, a role that is not broken has a
-    finding, one run does not repair, or the second run changes something.
+    Raises AssertionError where a fault is not found under its id, a role has a finding where it is not
+    broken, one run does not repair, or the second run changes something.
     """
     for case in broken:
         done = site.lockstep("lab", "break", case.node, case.name)
@@ -118,14 +141,10 @@ def cycle(site: Site, broken: Sequence[Case]) -> list[Row]:
     report = site.verify()
     detect = time.monotonic() - start
     found = {(wrong["node"], wrong["role"], wrong["id"]) for wrong in report["findings"]}
-    expected = {
-        (node, case.role, case.fault.id)
-        for case in broken
-        for node in (NODES if case.fault.node == "all" else [case.node])
-    }
+    expected = {(node, case.role, case.fault.id) for case in broken for node in case.lies_on}
     assert report["verdict"] == "drift", report
     assert expected <= found, f"not named: {sorted(expected - found)}, but {sorted(found)}"
-    innocent = {wrong for wrong in found if wrong[1] not in {case.role for case in broken}}
+    innocent = {wrong for wrong in found if not _may_show(*wrong[:2], broken)}
     assert not innocent, f"named, but not broken: {sorted(innocent)}"
     start = time.monotonic()
     site.converge()
@@ -139,3 +158,10 @@ def cycle(site: Site, broken: Sequence[Case]) -> list[Row]:
         Row(case.name, case.os, case.node, round(detect, 1), round(repair, 1), changes)
         for case in broken
     ]
+
+
+def _may_show(node: str, role: str, broken: Sequence[Case]) -> bool:
+    """Whether one of the cases explains a finding; what crosses nodes may show on any of them."""
+    return any(
+        case.role == role and (node in case.lies_on or _role(case).crossing) for case in broken
+    )

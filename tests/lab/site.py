@@ -1,4 +1,4 @@
-"""Two real nodes for tests and benchmarks, used through the commands that a user types."""
+"""Real nodes for tests and benchmarks, used through the commands that a user types."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from shlex import quote
@@ -39,12 +39,13 @@ SECTIONS: dict[str, Any] = {
         "version": DRIVER_VERSIONS[0],
         "flavour": "open",
         "packages": {"nvidia-dkms": f"{DRIVER_VERSIONS[0]}-1"},
-        "nodes": ["node1", "node2"],
     },
     "network": {"mtu": 1500, "leaks": "remove", "firewall": "open"},
     "fabric": {"sysfs": "/shared", "subnet_manager": "node1", "rdma": "off"},
     "nccl": {"version": "2.20.5", "remove": ["/usr/local/lib", "/opt/nccl-old"]},
 }
+BRIEF: dict[str, Any] = {"imports": ["numpy", "transformers"], "commands": ["torchrun"]}
+"""What an environment must offer where its whole proof was given before: what the faults break of it."""
 OPENSM = """[Unit]
 ConditionPathExists=
 [Service]
@@ -84,10 +85,10 @@ JOB: dict[str, Any] = {
 }
 
 
-def nodes_of(os: str) -> dict[str, Family]:
+def nodes_of(os: str, count: int = 2) -> dict[str, Family]:
     """The nodes of such a lab and their families, the head first."""
     families = SYSTEMS[os]
-    return {f"node{number + 1}": families[number % len(families)] for number in range(2)}
+    return {f"node{number + 1}": families[number % len(families)] for number in range(count)}
 
 
 NODES = nodes_of(OS)
@@ -96,8 +97,9 @@ NODES = nodes_of(OS)
 class Site:
     """A lab with a cluster file and a job of its own."""
 
-    def __init__(self, state: Path) -> None:
+    def __init__(self, state: Path, nodes: Mapping[str, Family] = NODES) -> None:
         self.state = state
+        self.nodes = nodes
         self.directory = state / "tests"
         self.runs = state / "shared" / "runs"
         self.cluster = self.directory / "cluster.yaml"
@@ -185,7 +187,7 @@ class Site:
             "rpm": r"kernel-devel-(.*)\.rpm",
         }
         files = [path.name for path in (self.state / "repo").iterdir()]
-        for node, family in NODES.items():
+        for node, family in self.nodes.items():
             found = (re.fullmatch(names[family], file) for file in files)
             kernel = next(match[1] for match in found if match)
             self.shell(node, f"mkdir -p /lib/modules/{kernel} /boot; touch /boot/vmlinuz-{kernel}")
@@ -200,7 +202,7 @@ class Site:
         ):  # fmt: skip
             (port / file).write_text(f"{text}\n")
         drop_in = "/etc/systemd/system/opensm.service.d"  # the unit itself comes with its package
-        for node in NODES:
+        for node in self.nodes:
             self.shell(node, f"mkdir -p {drop_in}; printf %s {quote(OPENSM)} >{drop_in}/lab.conf")
 
     def finished(self, name: str) -> None:
@@ -214,21 +216,24 @@ class Site:
 
 
 @contextmanager
-def bring_up(state: Path, os: str = OS) -> Iterator[Site]:
-    """A site with two bare nodes, an environment archive and some text; taken down at the end."""
-    site = Site(state)
+def bring_up(state: Path, os: str = OS, count: int = 2) -> Iterator[Site]:
+    """A site with bare nodes, an environment archive and some text; taken down at the end."""
+    site = Site(state, nodes_of(os, count))
     site.lockstep("lab", "down")
     subprocess.run(["rm", "-rf", str(site.directory), str(state / "shared")], check=True)
     site.directory.mkdir(parents=True)
     site.write_job()
     try:
         up = site.lockstep(
-            "lab", "up", "--os", os, "--write", str(site.cluster), "--environment", "--trim", "--job", str(site.job),
-            *(word for name in PACKAGES for word in ("--package", name)),
+            "lab", "up", "--os", os, "--nodes", str(count), "--write", str(site.cluster),
+            "--environment", "--trim", "--job", str(site.job), *(word for name in PACKAGES for word in ("--package", name)),
             timeout=900,
         )  # fmt: skip
         assert up.returncode == 0, up.stdout + up.stderr
-        site.declare(**SECTIONS, environments=_environments(site), limits=_limits(site))
+        driver = {**SECTIONS["driver"], "nodes": list(site.nodes)}
+        site.declare(
+            **{**SECTIONS, "driver": driver}, environments=_environments(site), limits=_limits(site)
+        )
         site.stand_in_kernels()
         site.stand_in_fabric()
         text = state / "shared" / "text"
@@ -236,7 +241,7 @@ def bring_up(state: Path, os: str = OS) -> Iterator[Site]:
         for source in sorted(Path("/usr/share/common-licenses").iterdir()):
             if source.is_file() and not source.is_symlink():
                 (text / f"{source.name}.txt").write_bytes(source.read_bytes())
-        for node in NODES:  # sshd's own log then counts the commands
+        for node in site.nodes:  # sshd's own log then counts the commands
             site.shell(
                 node,
                 "mkdir -p /etc/ssh/sshd_config.d; echo 'LogLevel VERBOSE' >/etc/ssh/sshd_config.d/00-count.conf; "

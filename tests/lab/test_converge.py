@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from tests.lab.cycle import Case, cases, cycle, label, plan, rest, sample
-from tests.lab.site import BIN, JOB, NODES, ROOT, Site
+from tests.lab.site import BIN, BRIEF, JOB, NODES, ROOT, Site
 
 
 @pytest.fixture(autouse=True)
@@ -86,17 +86,28 @@ def test_commands_and_imports_work_from_a_plain_ssh_login(lab: Site) -> None:
     assert done.stdout.count("usage: torchrun") == 2
 
 
+@pytest.fixture(scope="module")
+def brief(lab: Site) -> Site:
+    """The lab with a quick proof of the environment: the tests above gave the whole one."""
+    declared = yaml.safe_load(lab.cluster.read_text())["environments"]
+    lab.declare(environments={"main": {**declared["main"], **BRIEF}})
+    lab.converge()
+    return lab
+
+
 @pytest.mark.parametrize("broken", plan(sample(cases())), ids=label)
 def test_what_breaks_is_named_by_verify_and_repaired_by_one_run(
-    lab: Site, broken: Sequence[Case]
+    brief: Site, broken: Sequence[Case]
 ) -> None:
-    cycle(lab, broken)
+    cycle(brief, broken)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("broken", plan(rest(cases())), ids=label)
-def test_every_other_break_is_named_and_repaired_as_well(lab: Site, broken: Sequence[Case]) -> None:
-    cycle(lab, broken)
+def test_every_other_break_is_named_and_repaired_as_well(
+    brief: Site, broken: Sequence[Case]
+) -> None:
+    cycle(brief, broken)
 
 
 def test_a_power_cut_during_training_resumes_from_the_checkpoint_with_one_run(

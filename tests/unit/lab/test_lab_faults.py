@@ -16,6 +16,7 @@ from deploy.lab.errors import LabError
 from deploy.lab.processes import Process
 from deploy.lab.state import ROOT, SYSTEMS, Paths, Record
 from roles import registry
+from roles.core.role import required
 from tests.lab.cycle import cases, plan, rest, sample
 from tests.lab.site import nodes_of
 
@@ -187,11 +188,26 @@ def test_what_the_head_of_mixed_nodes_cannot_show_nodes_of_one_family_do() -> No
     assert tried == {(name, os) for name, fault in faults.read().items() for os in fault.os}
 
 
-def test_what_is_tried_together_lies_on_two_nodes_and_is_of_two_roles() -> None:
+def test_what_is_tried_together_is_at_most_two_faults_a_node_of_different_roles() -> None:
+    rows = plan(cases(nodes_of("mixed")))
+    assert max(len(row) for row in rows) == 4
+    for row in rows:
+        for node in nodes_of("mixed"):
+            there = [case.role for case in row if node in case.lies_on]
+            assert len(there) == len(set(there)) <= 2
+
+
+def test_what_is_tried_together_cannot_hide_each_other() -> None:
+    roles = {role.name: role for role in registry.ROLES}
     for row in plan(cases(nodes_of("mixed"))):
-        assert len(row) == len({case.node for case in row}) == len({case.role for case in row})
-        assert len(row) == 1 or "all" not in {case.fault.node for case in row}
-        assert {case.role for case in row} not in ({"hosts", "ssh"}, {"ssh", "network"})
+        assert len([case for case in row if roles[case.role].crossing]) <= 1
+        for case in row:
+            role = roles[case.role]
+            bases = required([*role.needs, *role.proof_needs], registry.ROLES)
+            others = [other for other in row if role.crossing or other.lies_on & case.lies_on]
+            assert not {other.role for other in others} & set(bases)
+    names = [{case.role for case in row} for row in plan(cases(nodes_of("mixed")))]
+    assert not [row for row in names if {"hosts", "ssh"} <= row or {"packages", "time"} <= row]
 
 
 def test_the_sample_has_each_role_on_each_family_where_it_has_a_fault() -> None:
