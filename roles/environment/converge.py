@@ -15,14 +15,17 @@ from inventory.cluster import Cluster
 from roles.core.role import Finding, Peers, Target
 from roles.core.steps import Shell, Step, quote
 from roles.environment import parcel
-from roles.environment.archive import TOOLS, Archive, describe
+from roles.environment.archive import Archive, describe
 from roles.environment.drift import Action, Pair, pairs, wanted_proof, wanted_stamp
 from roles.environment.parcel import deliver, place_of
 from roles.environment.probe import BIN_ON_PATH, EnvironmentState, parcel_of
 from roles.environment.prove import STAMP
 from roles.environment.spec import Declared, Environments
+from roles.environment.tar import TOOLS
 
 UNPACK_SECONDS = 1800
+SPARE_KIB, SPARE_INODES = 65536, 1000
+"""What a node's disk must have beyond the environment."""
 ASIDE = f"{STAMP}.aside"
 """The stamp of an environment while something is installed into it."""
 LOGIN = "env -i HOME=/root PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -64,6 +67,7 @@ def converge(
             if whole:
                 yield Shell(alone(put_in_place(one, archive)), UNPACK_SECONDS)
             else:
+                yield Shell(alone(prepare(one, archive)), UNPACK_SECONDS)
                 yield from deliver(own, target, state.parcels, peers)
                 path = place_of(own, target, state.parcels, peers)
                 command = unpack(one, archive, path, _kept(target.cluster))
@@ -105,37 +109,62 @@ def _kept(cluster: Cluster) -> list[str]:
     return [describe(cluster.at_hand(one.spec.archive)).file_name for one in known]
 
 
+def prepare(one: Declared, archive: Archive) -> str:
+    """Shell that ends at once, with the reason, on a node that could not unpack: before anything travels there.
+
+    What a broken-off change left makes room first.
+    """
+    tool = TOOLS.get(archive.ending)
+    needs = (
+        ""
+        if tool is None
+        else (
+            f"if ! command -v {tool} >/dev/null; then\n"
+            f"  echo '{tool}, which unpacks the archive, is not on this node: name it under packages.install' >&2\n"
+            "  exit 1; fi\n"
+        )
+    )
+    kib, inodes = archive.unpacked // 1024 + SPARE_KIB, archive.entries + SPARE_INODES
+    return (
+        f"P={quote(one.prefix)} D={quote(str(PurePosixPath(one.prefix).parent))}\n{needs}"
+        'rm -rf "$P".lockstep-new-*\nmkdir -p "$D"\n'
+        # free MEASURE-OPTION: the free column of a disk's second line; a file system may count no inodes
+        'free() { df -P "$1" "$D" | awk \'NR == 2 { print ($2 > 0 && $4 ~ /^[0-9]+$/) ? $4 : "any" }\'; }\n'
+        "F=$(free -k)\n"
+        f'if [ "$F" != any ] && [ "$F" -lt {kib} ]; then\n'
+        f'  echo "no room for {one.name}: $D has $((F / 1024)) MiB free, {kib // 1024} are needed" >&2; exit 1; fi\n'
+        "F=$(free -i)\n"
+        f'if [ "$F" != any ] && [ "$F" -lt {inodes} ]; then\n'
+        f'  echo "no room for {one.name}: $D takes $F more files, {inodes} are needed" >&2; exit 1; fi\n'
+    )
+
+
+def unpack_options(archive: Archive) -> str:
+    """What tar gets beside -x: the environment's folder alone, and nothing that root may do but others may not."""
+    tool = TOOLS.get(archive.ending)
+    strip = archive.root.count("/") + 1 if archive.root else 0  # "./llm" has two parts for tar
+    return (
+        f"{f'-I {tool} ' if tool else ''}--no-same-owner --no-same-permissions --keep-old-files "
+        f"--strip-components={strip} --exclude='.lockstep-*'"
+        f"{' -- ' + quote(archive.root) if archive.root not in ('', '.') else ''}"
+    )
+
+
 def unpack(one: Declared, archive: Archive, path: str, kept: Sequence[str] = ()) -> str:
     """Shell: from the archive at ``path`` to the new environment in place.
 
     kept: names of archives that stay in the node's own folder; those of earlier versions go.
     """
-    tool = TOOLS.get(archive.ending)
-    parts = PurePosixPath(archive.root).parts
-    # "./llm" has two parts for tar, one for PurePosixPath.
-    strip = len(parts) + (1 if archive.root.startswith("./") or archive.root == "." else 0)
-    need = archive.unpacked // 1024 + 65536
     names = "|".join([*map(quote, kept), "''"])
     return (
         f"umask 022\nP={quote(one.prefix)} N={quote(beside(one, archive))} A={quote(path)}\n"
-        f"D={quote(str(PurePosixPath(one.prefix).parent))}\n"
-        f"{_needs(tool)}"
         'rm -rf "$P".lockstep-new-*\n'
-        "broken() {\n"
-        f'  if ! echo "{archive.sha256}  $A" | sha256sum -c --status -; then rm -f "$A"\n'
-        '    echo "$A was damaged, and is removed: converge again ($1)" >&2; exit 1; fi\n'
-        '  echo "unpacking $A: $1" >&2; exit 1\n'
-        "}\n"
-        f'if [ "$(stat -c %s "$A")" != {archive.size} ]; then broken "not its whole size"; fi\n'
-        'mkdir -p "$D"\n'
-        "F=$(df -Pk \"$D\" | awk 'NR == 2 { print $4 }')\n"
-        f'if [ "$F" -lt {need} ]; then\n'
-        f'  echo "no room for {one.name}: $D has $((F / 1024)) MiB free, {need // 1024} are needed" >&2; exit 1; fi\n'
-        'mkdir -m 0755 "$N"\n'
-        f'E=$(tar -x -f "$A" {f"-I {tool} " if tool else ""}-C "$N" --no-same-owner --no-same-permissions '
-        f"--strip-components={strip} --exclude='.lockstep-*'"
-        f"{' -- ' + quote(archive.root) if archive.root not in ('', '.') else ''} 2>&1) "
-        '|| broken "$(printf \'%s\\n\' "$E" | head -n 1)"\n'
+        f'if [ "$(stat -c %s "$A")" != {archive.size} ] ||\n'
+        f'  ! echo "{archive.sha256}  $A" | sha256sum -c --status -; then rm -f "$A"\n'
+        '  echo "$A was damaged, and is removed: converge again" >&2; exit 1; fi\n'
+        'mkdir -p -m 0755 "$N"\n'
+        f'if ! E=$(tar -x -f "$A" -C "$N" {unpack_options(archive)} 2>&1); then rm -rf "$N"\n'
+        '  echo "unpacking $A: $(printf \'%s\\n\' "$E" | head -n 1)" >&2; exit 1; fi\n'
         'chmod 0755 "$N"\n'
         f"{_without_strays(archive)}"
         f"{_mend('N', archive)}"
@@ -157,16 +186,6 @@ def unless_stamped(one: Declared, archive: Archive) -> str:
         f"if [ -f {quote(one.prefix)}/{STAMP} ] && "
         f'[ "$(cat {quote(one.prefix)}/{STAMP})" = {quote(wanted_stamp(one, archive))} ]; then exit 0; fi\n'
     )
-
-
-def _needs(tool: str | None) -> str:
-    """Shell that ends at once, with the reason, on a node that cannot unpack."""
-    if tool is None:
-        return ""
-    sentence = (
-        f"{tool}, which unpacks the archive, is not on this node: name it under packages.install"
-    )
-    return f"if ! command -v {tool} >/dev/null; then echo {quote(sentence)} >&2; exit 1; fi\n"
 
 
 def _mend(variable: str, archive: Archive) -> str:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import shutil
 import subprocess
-import tarfile
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -14,41 +11,7 @@ import pytest
 
 from roles.environment import archive
 from roles.environment.archive import ArchiveProblem, describe, read
-
-Entry = tuple[str, str]  # name, and content, or "-> target"
-TarMode = Literal["w", "w:gz", "w:bz2", "w:xz"]
-
-VENV: list[Entry] = [
-    ("bin/python", "-> python3"),
-    ("bin/python3", "-> /usr/bin/python3.11"),
-    ("bin/python3.11", "-> python3"),
-    ("lib/python3.11/site-packages/x.py", "1"),
-    ("pyvenv.cfg", "home = /usr/bin\n"),
-]
-CONDA: list[Entry] = [
-    ("bin/python", "-> python3.10"),
-    ("bin/python3.10", "elf"),
-    ("lib/python3.1", "-> python3.10"),
-    ("lib/python3.10/site-packages/x.py", "1"),
-    ("conda-meta/history", ""),
-]
-
-
-def pack(path: Path, entries: Iterable[Entry], mode: TarMode = "w") -> Path:
-    with tarfile.open(path, mode) as tar:
-        for name, content in entries:
-            member = tarfile.TarInfo(name)
-            if content.startswith("-> "):
-                member.type, member.linkname = tarfile.SYMTYPE, content[3:]
-                tar.addfile(member)
-            else:
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content.encode()))
-    return path
-
-
-def below(folder: str, entries: Iterable[Entry]) -> list[Entry]:
-    return [(f"{folder}/{name}", content) for name, content in entries]
+from tests.unit.roles.environment.made import CONDA, VENV, TarMode, below, elf, pack
 
 
 def test_a_venv_borrows_the_nodes_interpreter(tmp_path: Path) -> None:
@@ -78,7 +41,7 @@ def test_the_archives_distributions_are_listed_once(tmp_path: Path) -> None:
 
 
 def test_a_venv_with_a_copied_interpreter_still_borrows_the_library(tmp_path: Path) -> None:
-    entries = [("bin/python", "elf"), *VENV[3:]]
+    entries = [("bin/python", elf()), *VENV[3:]]
     assert read(pack(tmp_path / "a.tar", entries)).home == "/usr/bin/python3.11"
 
 

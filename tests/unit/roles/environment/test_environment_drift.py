@@ -115,7 +115,7 @@ def test_a_right_node_has_no_findings_and_no_steps() -> None:
 def test_a_bare_node_gets_the_archive_unpacked_and_the_links_written() -> None:
     seen = Seen(home="/usr/bin/python3.11", links={"torchrun": "absent", "deepspeed": "absent"})
     assert ids(seen) == ["environment-missing", "launcher-not-found"]
-    upload, unpack, link = steps(seen)
+    _, upload, unpack, link = steps(seen)
     assert upload == Upload(
         Path("/archives/llm.tar.zst"),
         f"/shared/.lockstep/archives/{ARCHIVE.file_name}",
@@ -126,7 +126,7 @@ def test_a_bare_node_gets_the_archive_unpacked_and_the_links_written() -> None:
 
 
 def test_stamp_is_written_after_the_data_is_on_the_disk_and_before_the_swap() -> None:
-    command = steps(Seen(home="/usr/bin/python3.11", links=right().links))[1].command
+    command = steps(Seen(home="/usr/bin/python3.11", links=right().links))[2].command
     order = [
         "tar -x",
         "LOCKSTEP_SCRIPT",
@@ -160,8 +160,8 @@ def test_a_tree_that_is_not_whole_is_unpacked_again(change: dict[str, Any], id: 
     found = findings(seen)
     assert [finding.id for finding in found] == [id]
     assert found[0].disturbs and found[0].repairable
-    assert [type(step) for step in steps(seen)] == [Upload, Shell]
-    assert "tar -x" in steps(seen)[1].command
+    assert [type(step) for step in steps(seen)] == [Shell, Upload, Shell]
+    assert "tar -x" in steps(seen)[2].command
 
 
 def test_a_change_that_was_cut_between_the_two_renames_is_finished_without_the_archive() -> None:
@@ -186,7 +186,7 @@ def test_a_whole_tree_beside_an_old_environment_is_used_instead_of_unpacking() -
 def test_a_half_tree_beside_is_never_taken_for_whole() -> None:
     seen = Seen(fresh={".lockstep-new-abababababab": ""}, home="/usr/bin/python3.11")
     assert ids(seen)[0] == "environment-missing"
-    assert "tar -x" in steps(seen)[1].command
+    assert "tar -x" in steps(seen)[2].command
 
 
 def test_leftovers_beside_a_right_environment_are_removed() -> None:
@@ -369,19 +369,19 @@ MISSING = Seen(home="/usr/bin/python3.11", links={"torchrun": "ok", "deepspeed":
 
 
 def test_a_worker_unpacks_what_the_head_published_meanwhile() -> None:
-    (unpack,) = steps(MISSING, "node2", {"node1": state(MISSING, SHARED)})
+    _, unpack = steps(MISSING, "node2", {"node1": state(MISSING, SHARED)})
     assert f"A={SHARED}" in unpack.command
 
 
 def test_a_worker_whose_head_cannot_be_read_gets_its_own_copy_and_never_writes_the_depot() -> None:
-    upload, unpack = steps(MISSING, "node2")
+    _, upload, unpack = steps(MISSING, "node2")
     assert upload.destination == f"/var/lib/lockstep/archives/{ARCHIVE.file_name}"
     assert f"A={upload.destination}" in unpack.command
 
 
 def test_without_a_shared_storage_each_node_gets_a_copy() -> None:
     for name in NODES:
-        upload, _ = steps(MISSING, name, shared=False)
+        _, upload, _ = steps(MISSING, name, shared=False)
         assert upload.destination.startswith("/var/lib/lockstep/archives/")
 
 

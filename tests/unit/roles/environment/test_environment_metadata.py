@@ -10,7 +10,7 @@ import pytest
 
 from roles.environment import archive, metadata
 from roles.environment.archive import Archive, describe, read
-from tests.unit.roles.environment.test_environment_archive import CONDA, VENV, below, pack
+from tests.unit.roles.environment.made import CONDA, VENV, below, pack
 
 SITE = "lib/python3.11/site-packages"
 LOST = "/home/liu/LLaMA-Factory"

@@ -293,6 +293,66 @@ def test_a_cut_or_spoilt_archive_is_removed_and_the_old_environment_stays(
     assert [path.name for path in right.prefix.parent.iterdir()].count("llm.lockstep-old") == 1
 
 
+def test_an_archive_that_was_changed_on_its_way_is_never_unpacked(
+    machine: Machine, packed: Path
+) -> None:
+    """One that is still a whole tar of the same size, with another text in it."""
+    plain = machine.root / "llm.tar"
+    plain.write_bytes(subprocess.run(["gzip", "-dc", packed], stdout=subprocess.PIPE).stdout)
+    machine.entry["archive"] = str(plain)
+    machine.settle()
+    (place,) = (machine.root / "var/archives").iterdir()
+    place.write_bytes(place.read_bytes().replace(b"'hello'", b"'harm!'"))
+    rewrite(machine, stamp_of(machine), "00")
+    with pytest.raises(AssertionError, match="was damaged, and is removed: converge again"):
+        machine.converge()
+    assert not place.exists()
+    assert (machine.site / "greeting.py").read_text() == "WORD = 'hello'\n"
+    assert [path.name for path in machine.prefix.parent.iterdir()] == ["llm"]
+    machine.settle()
+
+
+@pytest.mark.parametrize(
+    ("free", "files", "sentence"),
+    [
+        (1000, 10**6, r"no room for llm: \S+/envs has 0 MiB free, \d+ are needed"),
+        (10**9, 10, r"no room for llm: \S+/envs takes 10 more files, \d+ are needed"),
+    ],
+)
+def test_a_disk_without_room_is_named_before_anything_travels(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, free: int, files: int, sentence: str
+) -> None:
+    programs = machine.root / "programs"
+    programs.mkdir()
+    (programs / "df").write_text(
+        '#!/bin/sh\necho title\ncase "$*" in\n'
+        f"*-i*) echo /dev/a {10**7} 1 {files} 1% / ;;\n*) echo /dev/a {10**10} 1 {free} 1% / ;;\nesac\n"
+    )
+    (programs / "df").chmod(0o755)
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+        with pytest.raises(AssertionError, match=sentence):
+            machine.converge()
+    assert not (machine.root / "var/archives").exists()
+    assert list(machine.prefix.parent.iterdir()) == []
+    machine.settle()
+
+
+def test_a_file_system_that_counts_no_inodes_has_room(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As btrfs answers."""
+    programs = machine.root / "programs"
+    programs.mkdir()
+    (programs / "df").write_text(
+        '#!/bin/sh\necho title\ncase "$*" in\n'
+        f"*-i*) echo /dev/a 0 0 0 - / ;;\n*) echo /dev/a {10**10} 1 {10**9} 1% / ;;\nesac\n"
+    )
+    (programs / "df").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    machine.settle()
+
+
 def slowly(folder: Path, program: str, script: str) -> str:
     """A PATH on which one program does something else first."""
     folder.mkdir()
@@ -304,7 +364,7 @@ def slowly(folder: Path, program: str, script: str) -> str:
 def test_a_run_that_was_killed_and_the_next_one_do_not_mix_their_trees(machine: Machine) -> None:
     """A killed control process does not end what it started on the node."""
     target, role = machine.target(environment.role), environment.role
-    upload, unpack = role.converge(
+    _, upload, unpack = role.converge(
         target, role.parse(shell(role.probe(target))), {}, machine.findings()
     )
     assert isinstance(upload, Upload) and isinstance(unpack, Shell)

@@ -1,0 +1,134 @@
+"""Which machine and which C library an environment needs, by its own programs, and whether a node has them.
+
+Read from ELF files: the machine in their header, and the versions of glibc's symbols that they link to (section
+.gnu.version_r), which is what the node's loader goes by.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from io import BytesIO
+from itertools import islice
+
+from elftools.common.exceptions import ELFError
+from elftools.construct import ConstructError
+from elftools.elf.elffile import ELFFile
+from elftools.elf.gnuversions import GNUVerNeedSection
+
+LARGEST = 64 << 20
+"""Bytes of the largest file that is read. Those of torch that are larger come with smaller ones of the same build."""
+
+MOST = 1000
+"""Entries of a version table that are read; a broken one may claim billions."""
+
+MACHINES = {
+    "EM_X86_64": "x86_64",
+    "EM_AARCH64": "aarch64",
+    "EM_PPC64": "ppc64le",
+    "EM_S390": "s390x",
+}
+"""As ``uname -m`` names them."""
+
+GLIBC = re.compile(rb"GLIBC_(\d{1,3}(?:\.\d{1,3}){1,2})")
+
+TELLING = re.compile(
+    r"(?P<root>.*?)/?(?P<file>bin/(?P<program>python[0-9.]*)|lib/libpython[^/]*\.so[^/]*"
+    r"|lib/python[0-9.]+/(?:lib-dynload/[^/]+\.so|site-packages/(?:torch|numpy|tokenizers|safetensors)/.*\.so[^/]*))"
+)
+"""What every training loads. Not every file: one that nobody imports may need more than the nodes have."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """machine: as ``uname -m`` names it; None where the archive does not tell.
+
+    glibc: the newest version that a file links to, as "2.28", and glibc_by: that file, below the environment's
+    folder; empty where none does.
+    """
+
+    machine: str | None = None
+    glibc: str = ""
+    glibc_by: str = ""
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """A version of glibc, to compare."""
+    return tuple(int(part) for part in version.split("."))
+
+
+def machine_of(data: bytes) -> str | None:
+    """The machine that an ELF file is for; None for anything that is no ELF file."""
+    try:
+        name = str(ELFFile(BytesIO(data)).header["e_machine"])
+    except (ELFError, ConstructError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return MACHINES.get(name, name.removeprefix("EM_").lower())
+
+
+def glibc_of(data: bytes) -> str:
+    """The newest version of glibc's symbols that an ELF file links to; empty where it links to none."""
+    try:
+        found = list(_versions(data))
+    except (ELFError, ConstructError, ValueError, KeyError, TypeError, AttributeError):
+        return ""  # a broken file is for the interpreter to refuse
+    return max(found, key=numbers, default="")
+
+
+def _versions(data: bytes) -> Iterator[str]:
+    for section in islice(ELFFile(BytesIO(data)).iter_sections(), MOST):
+        if isinstance(section, GNUVerNeedSection):
+            for _, versions in islice(section.iter_versions(), MOST):
+                for version in islice(versions, MOST):
+                    if match := GLIBC.fullmatch(version.name.encode()):
+                        yield match[1].decode()
+
+
+class Reading:
+    """Gathers what the files of an archive need, while it is read. Several environments may be in it."""
+
+    def __init__(self) -> None:
+        self.programs: dict[str, str | None] = {}  # name of an interpreter -> its machine
+        self._machines: dict[str, Counter[str]] = {}
+        self._glibc: dict[tuple[str, str], tuple[str, str]] = {}  # by root and machine
+
+    def add(self, name: str, data: bytes) -> None:
+        """Take in a file that TELLING names."""
+        match = TELLING.fullmatch(name)
+        assert match is not None
+        root, machine = match["root"], machine_of(data)
+        if match["program"]:
+            self.programs[name] = machine
+        if machine is None:
+            return
+        self._machines.setdefault(root, Counter())[machine] += 1
+        best, _ = self._glibc.get((root, machine), ("0", ""))
+        # To look for the name of a version is much faster than to read the tables of each file.
+        if any(numbers(one.decode()) > numbers(best) for one in set(GLIBC.findall(data))):
+            newest = glibc_of(data)
+            if newest and numbers(newest) > numbers(best):
+                self._glibc[root, machine] = newest, match["file"]
+
+    def needs(self, root: str, interpreter: str) -> Needs:
+        """What the environment at ``root`` needs. interpreter: its own one's name in the archive."""
+        machines = self._machines.get(root, Counter())
+        machine = self.programs.get(interpreter) or next(
+            (name for name, _ in machines.most_common(1)), None
+        )
+        if machine is None:
+            return Needs()
+        return Needs(machine, *self._glibc.get((root, machine), ("", "")))
+
+
+def misfit(needs: Needs, machine: str, glibc: str) -> tuple[str, str] | None:
+    """What is wanted and what the node has, where the environment cannot run there.
+
+    machine, glibc: the node's; glibc is empty where it has another C library, which is not judged.
+    """
+    if needs.machine and needs.machine != machine:
+        return needs.machine, machine
+    if needs.glibc and glibc and numbers(glibc) < numbers(needs.glibc):
+        return f"glibc {needs.glibc} (by {needs.glibc_by})", f"glibc {glibc}"
+    return None
