@@ -1,33 +1,64 @@
 """Makes an environment that was copied or unpacked belong to the prefix where it lives from now on.
 
 Sent to the nodes as text and run by the environment's own interpreter before anything of it is
-usable, so: the standard library alone, from Python 3.8 on. It may run any number of times; a file
-is written only when it changes. The functions below ``bytes -> bytes`` know no files.
+usable, so: the standard library alone, from Python 3.8 on.
 
-    python mend.py ROOT PREFIX    mend the tree at ROOT so that it works when it lies at PREFIX
+    python mend.py ROOT PREFIX             mend the tree at ROOT so that it works when it lies at PREFIX
+    python mend.py ROOT PREFIX leftovers   list what names an old prefix and stays as it is, and why
+
+The outcome depends on the tree as it first was and on PREFIX alone, not on the moves between: notes in
+the tree keep what was replaced where, so that every move begins with the first bytes, and the way back
+ends with them. Each file is first written beside its place; when one is refused, nothing has changed.
+
+The functions from bytes to edits know no files. What they hold to:
+
+- whole paths alone: ``/opt/env`` is not in ``/opt/env2``, ``/opt/env-old`` or ``/backup/opt/env``;
+- only files that are known to name their prefix: scripts, those that conda or conda-pack recorded, and
+  kinds such as pyvenv.cfg, .pth, direct_url.json, .pc, .la. Data that happens to name it is data;
+- in binaries nothing moves: a path takes the place of its zero-terminated string and its padding.
 """
 
 from __future__ import annotations
 
+import ast
+import binascii
+import contextlib
+import hashlib
 import json
 import os
 import re
 import stat
 import sys
-from pathlib import Path
+from base64 import urlsafe_b64encode
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+from urllib.parse import quote_from_bytes
 
-VERSION = 1
+VERSION = 2
 """Raised when the mender learns something, so that environments mended before are mended again."""
+
+NOTES = ".lockstep-relocation.json"
+"""In the tree's root: what was replaced where."""
+FRESH = ".lockstep-mended"
+"""Ends the name of a file that is not yet in its place."""
 
 NOT_A_PREFIX = {b"", b"/usr", b"/usr/local"}
 
-# Where a path may begin and end in a text: not in the middle of a longer path or name.
-BEFORE = rb"(?:(?<=://)|(?<=-[IL])|(?<![\w./~-]))"
-AFTER = rb"(?![\w-]|\.\w)"
+SHEBANG_BYTES = 127
+"""Older kernels cut a shebang after these."""
+
+# Where a path begins in a text: not in the middle of a longer path or name. -I/path and -isystem/path
+# begin one, as do file:///path and the \n/path of a string in a program.
+BEFORE = (
+    rb"(?:(?<=://)|(?<=-[A-Z])(?<![\w./-]-[A-Z])|(?<=-isystem)|(?<=\\[nt])"
+    rb"|(?<![\w.+~@%/\x80-\xff-]))"
+)
+# ... and where it ends: neither /path2 nor /path-old, /path.old, /path%20old.
+AFTER = rb"(?![\w+~@%\x80-\xff-]|\.\w)"
 
 # #!/home/u/envs/llm/bin/python3.11 -I
 DIRECT = re.compile(
-    rb"\A#![ \t]*(?P<prefix>/[^\s]*?)?/bin/(?P<name>python[\w.]*)(?P<rest>[ \t][^\r\n]*)?(?=\r?\n|\Z)"
+    rb"\A#![ \t]*(?P<prefix>/\S*?)?/bin/(?P<name>[^\s/]+)(?P<rest>[ \t][^\r\n]*)?(?=\r?\n|\Z)"
 )
 # #!/usr/bin/env python
 BY_PATH = re.compile(
@@ -37,119 +68,280 @@ BY_PATH = re.compile(
 #   #!/bin/sh
 #   '''exec' "/a long path/bin/python3.11" "$0" "$@"
 LONG = re.compile(
-    rb"\A#!/bin/sh\r?\n'''exec' (?P<quote>[\"']?)(?P<prefix>/[^\"'\r\n]*?)/bin/(?P<name>python[\w.]*)(?P=quote)"
+    rb"\A#!/bin/sh\r?\n'''exec' (?P<quote>[\"']?)(?P<prefix>/[^\"\r\n]*?)/bin/(?P<name>python[\w.]*)(?P=quote)"
     rb"(?P<rest>[^\r\n]*) \"\$0\" \"\$@\"[^\r\n]*(?:\r?\n(?:' '''\r?\n)?|\Z)"
 )
-SHEBANG_BYTES = 127
-"""Older kernels cut a shebang after these."""
+
+
+class Edit(NamedTuple):
+    """At the offset ``at`` of the file as it first was, ``now`` takes the place of ``was``."""
+
+    at: int
+    was: bytes
+    now: bytes
+
+
+class NoRoom(ValueError):
+    """A binary has no room for the new prefix. longest: bytes of a prefix that fits there."""
+
+    def __init__(self, longest: int) -> None:
+        super().__init__(f"no room for a prefix longer than {longest} bytes")
+        self.longest = longest
+
+
+# ---- bytes ----------------------------------------------------------------------------------------
+
+
+def apply(data: bytes, edits: Iterable[Edit]) -> bytes:
+    """The data with the edits made. edits: in the order of their offsets."""
+    parts, end = [], 0
+    for edit in edits:
+        parts += [data[end : edit.at], edit.now]
+        end = edit.at + len(edit.was)
+    return b"".join([*parts, data[end:]])
 
 
 def interpreter_prefix(script: bytes) -> bytes | None:
-    """The prefix whose interpreter runs the script.
+    """The prefix whose Python runs the script.
 
     None for anything that is not a Python script; empty for one that takes the PATH's python.
     """
+    if BY_PATH.match(script):
+        return b""
     match = LONG.match(script) or DIRECT.match(script)
-    if match:
-        prefix = match.group("prefix") or b""
-        return None if prefix in (b"/usr", b"") else prefix
-    return b"" if BY_PATH.match(script) else None
+    if match is None or not match.group("name").startswith(b"python"):
+        return None
+    prefix: bytes | None = match.group("prefix")
+    return None if prefix == b"/usr" else prefix
 
 
-def mend_shebang(script: bytes, prefix: bytes, old: set[bytes]) -> bytes:
-    """The script run by the interpreter of ``prefix``, if one of the ``old`` prefixes ran it before."""
-    match = LONG.match(script) or DIRECT.match(script) or BY_PATH.match(script)
-    if match is None:
-        return script
-    was = match.groupdict().get("prefix")
-    if match.re is not BY_PATH and was not in old:
-        return script
-    interpreter = prefix + b"/bin/" + match.group("name")
-    rest = (match.group("rest") or b"").rstrip()
-    line = b"#!" + interpreter + rest
-    body = script[match.end() :]
-    if match.re is LONG:
-        body = b"\n" + body
-    if len(line) <= SHEBANG_BYTES and b" " not in prefix:
-        return line + body
-    long = b"#!/bin/sh\n'''exec' \"" + interpreter + b'"' + rest + b" \"$0\" \"$@\"\n' '''"
-    return long + body
+def shebang_edits(
+    script: bytes, prefix: bytes, old: Iterable[bytes], programs: Iterable[bytes]
+) -> list[Edit]:
+    """The edit that has the interpreter of ``prefix`` run the script; none where that is no matter.
 
-
-def mend_text(text: bytes, prefix: bytes, old: set[bytes]) -> bytes:
-    """The text with each whole path below an ``old`` prefix led to ``prefix``.
-
-    A path that already lies below ``prefix`` stays, even where an old prefix is a parent of it.
+    It is one where a program below an ``old`` prefix ran it before, or the PATH's python.
+    programs: names in the environment's bin.
     """
-    if not old:
-        return text
-    longest_first = sorted(old, key=len, reverse=True)
-    pattern = (
-        BEFORE
-        + b"(?:"
-        + re.escape(prefix)
-        + b"|("
-        + b"|".join(map(re.escape, longest_first))
-        + b"))"
-        + AFTER
-    )
-    return re.sub(pattern, lambda match: prefix if match.group(1) else match.group(0), text)
+    match = BY_PATH.match(script) or LONG.match(script) or DIRECT.match(script)
+    if match is None:
+        return []
+    if match.re is BY_PATH:
+        if match.group("name") not in programs:
+            return []
+    elif match.group("prefix") not in old:
+        return []
+    name, rest = match.group("name"), (match.group("rest") or b"").rstrip()
+    rest = apply(rest, text_edits(rest, prefix, old))
+    line = b"#!" + prefix + b"/bin/" + name + rest
+    if len(line) > SHEBANG_BYTES or re.search(rb"\s", prefix):
+        if name.startswith(b"python"):
+            path = re.sub(rb"([\"$`\\])", rb"\\\1", prefix) + b"/bin/" + name
+            line = b"#!/bin/sh\n'''exec' \"" + path + b'"' + rest + b" \"$0\" \"$@\"\n' '''"
+        else:
+            line = b"#!/usr/bin/env " + (b"-S " if rest else b"") + name + rest
+    if match.re is LONG:
+        line += b"\n"
+    return [Edit(0, match.group(0), line)]
 
 
-def mend_binary(data: bytes, prefix: bytes, old: bytes, room: int) -> bytes:
+def as_url(path: bytes) -> bytes:
+    """The path as an address spells it."""
+    return quote_from_bytes(path).encode()
+
+
+def path_pattern(
+    prefix: bytes, old: Iterable[bytes], placeholder: bytes = b""
+) -> re.Pattern[bytes]:
+    """Matches paths of a text: those below an old prefix as a group, those below ``prefix`` as none.
+
+    placeholder: what conda recorded; it counts wherever it stands, as conda has it.
+    """
+    spellings = {prefix} | {spelt for one in old for spelt in (one, as_url(one))}
+    paths = [
+        re.escape(one) if one == prefix else b"(" + re.escape(one) + b")"
+        for one in sorted(spellings, key=len, reverse=True)
+    ]
+    pattern = BEFORE + b"(?:" + b"|".join(paths) + b")" + AFTER
+    if placeholder:
+        pattern += b"|(" + re.escape(placeholder) + b")"
+    return re.compile(pattern)
+
+
+def text_edits(
+    text: bytes, prefix: bytes, old: Iterable[bytes], placeholder: bytes = b"", begin: int = 0
+) -> list[Edit]:
+    """The edits that lead each whole path below an ``old`` prefix to ``prefix``, from ``begin`` on.
+
+    Of nested prefixes the longest counts, so that what lies below ``prefix`` already stays.
+    """
+    here = [one for one in old if one in text or as_url(one) in text]
+    if not here and not (placeholder and placeholder in text):
+        return []
+    edits = []
+    for match in path_pattern(prefix, here, placeholder).finditer(text, begin):
+        if match.lastindex:
+            in_url = text[max(0, match.start() - 3) : match.start()] == b"://"
+            now = as_url(prefix) if in_url else prefix
+            edits.append(Edit(match.start(), match.group(0), now))
+    return edits
+
+
+def script_edits(
+    script: bytes,
+    prefix: bytes,
+    old: Iterable[bytes],
+    programs: Iterable[bytes],
+    placeholder: bytes = b"",
+) -> list[Edit]:
+    """Those of a script's first line, and those of the text after it."""
+    known = {*old, placeholder} - {b""}
+    first = shebang_edits(script, prefix, known, programs)
+    begin = len(first[0].was) if first else 0
+    return first + text_edits(script, prefix, old, placeholder, begin)
+
+
+def binary_edits(
+    data: bytes, prefix: bytes, old: Iterable[bytes], placeholder: bytes
+) -> list[Edit]:
     """The same for zero-terminated strings in a binary, without moving a byte of what follows.
 
-    room: by how many zero bytes each path was already padded when the package was installed.
-    Raises ValueError when a string has no room for the new prefix.
+    placeholder: the path that the binary was built with. By as many bytes as it was longer than the
+    old prefix, conda padded each string with zeros when it put that in. Raises NoRoom.
     """
+    here = [one for one in {*old, placeholder} if one and one in data]
+    if not here:
+        return []
+    pattern = path_pattern(prefix, [one for one in here if one != placeholder], placeholder)
+    edits: list[Edit] = []
+    end = 0
+    for start in sorted(
+        match.start() for one in here for match in re.finditer(re.escape(one), data)
+    ):
+        if start < end:
+            continue
+        end = data.find(b"\0", start)
+        if end < 0:
+            break  # not a zero-terminated string
+        string, cut, parts, room = data[start:end], start, [], 0
+        for match in pattern.finditer(data, start, end):
+            if match.lastindex:
+                parts += [data[cut : match.start()], prefix]
+                cut = match.end()
+                room += max(0, len(placeholder) - len(match.group(0)))
+        fresh = b"".join([*parts, data[cut:end]])
+        growth = len(fresh) - len(string)
+        if growth > 0:
+            padding = len(data[end:]) - len(data[end:].lstrip(b"\0")) - 1
+            if growth > min(padding, room):
+                raise NoRoom(max(len(placeholder), *map(len, here)))
+            edits.append(Edit(start, data[start : end + growth], fresh))
+        elif fresh != string:
+            edits.append(Edit(start, string, fresh + b"\0" * -growth))
+    return edits
 
-    def replaced(match: re.Match[bytes]) -> bytes:
-        whole = match.group(0)
-        string = whole.rstrip(b"\0")
-        fresh = string.replace(old, prefix)
-        spare = min(len(whole) - len(string) - 1, room * string.count(old))
-        if len(fresh) > len(string) + spare:
-            raise ValueError(f"no room for a prefix longer than {len(old) + room} bytes")
-        return fresh + b"\0" * (len(whole) - len(fresh))
 
-    return re.sub(re.escape(old) + b"(?=[/:;\\0])[^\\0]*\\0+", replaced, data)
+def record_edits(
+    record: bytes, mended: Callable[[bytes], bytes | None], prefix: bytes, old: Iterable[bytes]
+) -> list[Edit]:
+    """The edits of a distribution's RECORD by which hash and size of rewritten files are right again.
+
+    mended: from a path, as RECORD spells it, to the new bytes of a rewritten file; None for others.
+    Lines are ``path,algorithm=hash,size`` (the packaging guide's "Recording installed projects").
+    """
+    edits, at = text_edits(record, prefix, old), 0
+    for line in record.splitlines(keepends=True):
+        path, _, noted = line.partition(b",")
+        if line.startswith(b'"'):
+            path, _, noted = line[1:].partition(b'",')
+            path = path.replace(b'""', b'"')
+        data = mended(path)
+        match = re.match(rb"(\w+)=[\w=-]+,\d*", noted) if data is not None else None
+        if match and data is not None:
+            digest = hashlib.new(match.group(1).decode(), data).digest()
+            value = urlsafe_b64encode(digest).rstrip(b"=")
+            now = match.group(1) + b"=" + value + b",%d" % len(data)
+            edits.append(Edit(at + len(line) - len(noted), match.group(0), now))
+        at += len(line)
+    return sorted(edits)
 
 
-def declared_prefixes(settings: bytes, activate: bytes) -> set[bytes]:
-    """The prefixes that pyvenv.cfg and bin/activate name."""
+def declared_prefixes(settings: bytes, activate: bytes, history: bytes = b"") -> set[bytes]:
+    """The prefixes that pyvenv.cfg, bin/activate and conda-meta/history name."""
     found = set()
     match = re.search(rb"(?m)^command\s*=.* -m venv (?:-\S+ )*(/[^\r\n]+?)\s*$", settings)
     if match:
         found.add(match.group(1))
     for match in re.finditer(rb"(?m)^\s*(?:export )?VIRTUAL_ENV=[\"']?(/[^\"'\r\n]+)", activate):
         found.add(match.group(1))
+    for line in re.findall(rb"(?m)^# cmd: .*$", history):
+        for match in re.finditer(rb" (?:-p|--prefix)[ =](/\S+)", line):
+            found.add(match.group(1))
+        base = re.match(rb"# cmd: (/\S+?)/(?:bin|condabin|lib/python\S+)/\S* ", line)
+        name = re.search(rb" (?:-n|--name)[ =]([^\s/]+)", line)
+        if base and name and b" create " in line:
+            found.add(base.group(1) + b"/envs/" + name.group(1))
     return {one.rstrip(b"/") for one in found} - NOT_A_PREFIX
 
 
-# ---- files ----------------------------------------------------------------------------------------
+def built_prefixes(text: bytes) -> set[bytes]:
+    """The prefix that build data names: .pc, Makefile and _sysconfigdata."""
+    found = re.findall(rb"(?m)^prefix ?= ?(/\S+)[ \t]*$", text)
+    found += re.findall(rb"['\"]prefix['\"]: ?['\"](/[^'\"\n]+)['\"]", text)
+    return {one.rstrip(b"/") for one in found} - NOT_A_PREFIX
 
 
-def read(path: Path) -> bytes:
+# ---- what the tree says of itself -----------------------------------------------------------------
+
+
+class Kind(NamedTuple):
+    """How a file is mended. placeholder: what conda recorded for it, or empty."""
+
+    binary: bool = False
+    script: bool = False
+    placeholder: bytes = b""
+
+
+KNOWN = re.compile(
+    r"pyvenv\.cfg"
+    r"|s?bin/[^/]+"
+    r"|lib(?:64)?/python3[^/]*/(?:"
+    r"site-packages/(?:[^/]+\.(?:pth|egg-link)|[^/]*editable[^/]*\.py|[^/]+\.dist-info/direct_url\.json)"
+    r"|_sysconfigdata[^/]*\.py|config-[^/]*/(?:Makefile|python-config\.py))"
+    r"|etc/conda/(?:de)?activate\.d/[^/]+"
+)
+"""Text files that name their prefix, wherever they come from, beside .pc and .la."""
+
+CONDA_UNPACK = "bin/conda-unpack"
+RECORD = re.compile(r"(?P<site>lib(?:64)?/python3[^/]*/site-packages/)[^/]+\.dist-info/RECORD")
+
+
+def walk(root: str) -> tuple[list[str], list[str]]:
+    """The regular files and the links below the root, as sorted paths from there."""
+    files: list[str] = []
+    links: list[str] = []
+    folders = [""]
+    while folders:
+        folder = folders.pop()
+        with os.scandir(os.path.join(root, folder)) as entries:
+            for entry in entries:
+                path = folder + entry.name
+                if entry.is_symlink():
+                    links.append(path)
+                elif entry.is_dir(follow_symlinks=False):
+                    folders.append(path + "/")
+                elif entry.is_file(follow_symlinks=False):
+                    files.append(path)
+    return sorted(files), sorted(links)
+
+
+def read(path: str) -> bytes:
     """The file's bytes; none where there is no file."""
     try:
-        return path.read_bytes()
+        with open(path, "rb", buffering=0) as file:
+            return file.readall()
     except FileNotFoundError:
         return b""
-
-
-def write(path: Path, data: bytes) -> None:
-    """Replace the file at once; its mode stays."""
-    fresh = path.with_name(path.name + ".lockstep-new")
-    fresh.write_bytes(data)
-    fresh.chmod(stat.S_IMODE(path.stat().st_mode))
-    fresh.replace(path)
-
-
-def files_of(folder: Path) -> list[Path]:
-    """The regular files in a folder, links left out."""
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if path.is_file() and not path.is_symlink())
 
 
 def is_text(data: bytes) -> bool:
@@ -157,92 +349,425 @@ def is_text(data: bytes) -> bool:
     return b"\0" not in data[:8192]
 
 
-def texts(root: Path) -> list[Path]:
-    """Files of the environment that may name its prefix in text."""
-    found = files_of(root / "bin") + [root / "pyvenv.cfg"]
-    for site in root.glob("lib/python3*/site-packages"):
-        if not site.parent.is_symlink():
-            found += [
-                path
-                for path in files_of(site)
-                if path.suffix in (".pth", ".egg-link") or path.name.startswith("__editable__")
-            ]
-    return [path for path in found if path.is_file()]
-
-
-def conda_records(root: Path) -> list[tuple[Path, bytes, bool]]:
+def conda_records(root: str, files: Iterable[str]) -> Iterator[tuple[str, bytes, bool]]:
     """(file, the placeholder that it was built with, whether it is binary) from conda's own records."""
-    found = []
-    for record in files_of(root / "conda-meta"):
-        if record.suffix != ".json":
+    for path in files:
+        if not (path.startswith("conda-meta/") and path.endswith(".json")):
+            continue
+        data = read(os.path.join(root, path))
+        if b'"prefix_placeholder"' not in data:
             continue
         try:
-            paths = json.loads(record.read_text())["paths_data"]["paths"]
+            entries = json.loads(data)["paths_data"]["paths"]
         except (ValueError, KeyError, TypeError):
             continue
-        for entry in paths:
-            if entry.get("prefix_placeholder"):
-                binary = entry.get("file_mode") == "binary"
-                found.append(
-                    (root / entry["_path"], os.fsencode(entry["prefix_placeholder"]), binary)
-                )
-    return found
+        for entry in entries:
+            placeholder = entry.get("prefix_placeholder")
+            if placeholder:
+                yield entry["_path"], os.fsencode(placeholder), entry.get("file_mode") == "binary"
 
 
-def mend(root: Path, prefix: bytes) -> list[str]:
-    """Mend the whole tree. Returns sentences about what could not be mended."""
-    scripts = {path: read(path) for path in texts(root)}
-    settings = read(root / "pyvenv.cfg")
-    old = {interpreter_prefix(data) or b"" for data in scripts.values()}
-    old |= declared_prefixes(settings, read(root / "bin" / "activate"))
-    home = re.search(rb"(?m)^home\s*=\s*(/.*?)/bin\s*$", settings)
-    old -= NOT_A_PREFIX | {prefix} | ({home.group(1)} if home else set())
+def conda_unpack_records(script: bytes) -> Iterator[tuple[str, bytes, bool]]:
+    """The same from the script that conda-pack leaves in its archives.
 
-    for path, data in scripts.items():
-        if is_text(data):
-            own = mend_shebang(data, prefix, old) if path.parent.name == "bin" else data
-            update(path, data, mend_text(own, prefix, old))
-    for link in (root / "bin").iterdir():
-        if link.is_symlink():
-            mend_link(link, old)
+    It lists every text that conda does not manage, with the prefix where the archive was packed.
+    """
+    match = re.search(rb"(?ms)^_prefix_records = (\[$.*?^\])", script)
+    try:
+        records = ast.literal_eval(match.group(1).decode()) if match else []
+        for path, placeholder, mode in records:
+            yield path, os.fsencode(placeholder), mode == "binary"
+    except (ValueError, SyntaxError, TypeError):
+        return
 
-    problems = []
-    for path, placeholder, binary in conda_records(root):
-        if path.is_symlink() or not path.is_file():
-            continue
-        data = fresh = read(path)
-        if binary:
+
+# ---- notes ----------------------------------------------------------------------------------------
+
+
+class Written(NamedTuple):
+    """A file as it was mended.
+
+    checksum: CRC-32 of its bytes. places: offset in the file as it is, what was there first (as
+    Latin-1), length of what is there.
+    """
+
+    checksum: int
+    places: list[tuple[int, str, int]]
+
+    def first(self, data: bytes) -> bytes:
+        """The file's first bytes, from those that it has now."""
+        edits = [
+            Edit(at, data[at : at + length], was.encode("latin-1"))
+            for at, was, length in self.places
+        ]
+        return apply(data, edits)
+
+
+class Notes(NamedTuple):
+    """What was replaced where.
+
+    prefixes: those that the tree had, and has. files: by path, how they were written; two ways while a
+    move goes on, for it may be cut off. links: by path, where one led first and where it was led.
+    """
+
+    prefixes: list[str]
+    files: dict[str, list[Written]]
+    links: dict[str, tuple[str, str]]
+
+    def first(self, path: str, data: bytes) -> bytes:
+        """The first bytes of a file; of one that changed since it was mended, what it holds now."""
+        ways = self.files.get(path)
+        if ways:
+            checksum = binascii.crc32(data)
+            for way in ways:
+                if way.checksum == checksum:
+                    return way.first(data)
+        return data
+
+
+def load_notes(root: str) -> Notes:
+    """The tree's notes; empty ones where there are none."""
+    try:
+        found = json.loads(read(os.path.join(root, NOTES)))
+        files = {
+            path: [Written(way[0], [(a, b, c) for a, b, c in way[1]]) for way in ways]
+            for path, ways in found["files"].items()
+        }
+        links = {path: (was, now) for path, (was, now) in found["links"].items()}
+        return Notes(list(found["prefixes"]), files, links)
+    except (ValueError, KeyError, TypeError, IndexError):
+        return Notes([], {}, {})
+
+
+# ---- the move -------------------------------------------------------------------------------------
+
+
+class Move:
+    """One tree on its way to a prefix: ``stage`` writes everything beside, ``commit`` puts it in place."""
+
+    def __init__(self, root: str, prefix: bytes) -> None:
+        self.root = root
+        self.prefix = prefix
+        self.files, self.links = walk(root)
+        self.notes = load_notes(root)
+        self.kinds: dict[str, Kind] = {}
+        self.problems: list[str] = []
+        self.staged: dict[str, list[str]] = {}  # path -> all its names
+        self.inodes: set[tuple[int, int]] = set()
+        self.names: dict[tuple[int, int], list[str]] = {}
+        self.led: dict[str, str] = {}  # link -> where it shall lead
+        self.after = Notes([], {}, {})
+        self._cache: dict[str, bytes] = {}
+        self.programs = {
+            os.fsencode(path[4:]) for path in self.files + self.links if path.startswith("bin/")
+        }
+        self.old = self._kinds_and_old_prefixes()
+
+    def place(self, path: str) -> str:
+        """Where a file of the tree lies."""
+        return os.path.join(self.root, path)
+
+    def data(self, path: str) -> bytes:
+        """A file's bytes, read once."""
+        found = self._cache.pop(path, None)
+        return read(self.place(path)) if found is None else found
+
+    def first(self, path: str) -> bytes:
+        """The first bytes of a file that will be read again."""
+        data = self._cache[path] = read(self.place(path))
+        return self.notes.first(path, data)
+
+    def _kinds_and_old_prefixes(self) -> list[bytes]:
+        """Find which files are to be mended, and every prefix that they may name but ``prefix``."""
+        there = set(self.files)
+        kinds = self.kinds
+        for path in self.files:
+            if path.endswith((".pc", ".la")) or KNOWN.fullmatch(path):
+                kinds[path] = Kind(script=path.startswith(("bin/", "sbin/")))
+        for path in self.notes.files:
+            if path in there and not path.endswith("/RECORD"):
+                kinds.setdefault(path, Kind())
+        unpack = self.first(CONDA_UNPACK) if CONDA_UNPACK in there else b""
+        found = {os.fsencode(one) for one in self.notes.prefixes}
+        recorded = set()
+        for path, placeholder, binary in conda_records(self.root, self.files):
+            if path in there:
+                script = not binary and path.startswith(("bin/", "sbin/"))
+                kinds[path] = Kind(binary, script, placeholder)
+                recorded.add(path)
+        for path, placeholder, binary in conda_unpack_records(unpack):
+            found.add(placeholder)
+            if path in there and path not in kinds and not path.endswith("/RECORD"):
+                kinds[path] = Kind(binary, False, placeholder if binary else b"")
+        for path, kind in kinds.items():
+            if kind.script:
+                data = self.first(path)
+                match = LONG.match(data) or DIRECT.match(data)
+                if match and match.group("name") in self.programs:
+                    found.add(match.group("prefix") or b"")
+            elif path in recorded and (
+                path.endswith((".pc", "/Makefile")) or "_sysconfigdata" in path
+            ):
+                found |= built_prefixes(self.first(path))
+        settings = self.first("pyvenv.cfg")
+        history = read(self.place("conda-meta/history"))
+        found |= declared_prefixes(settings, self.first("bin/activate"), history)
+        home = re.search(rb"(?m)^home\s*=\s*(/.*?)/bin\s*$", settings)
+        found -= NOT_A_PREFIX | {self.prefix} | ({home.group(1)} if home else set())
+        return sorted(found)
+
+    def edits(self, path: str, kind: Kind, first: bytes) -> list[Edit]:
+        """How a file changes. Raises NoRoom."""
+        if kind.binary:
+            return binary_edits(first, self.prefix, self.old, kind.placeholder)
+        if not is_text(first):
+            return []
+        if path == CONDA_UNPACK:  # the paths in it are records
+            return shebang_edits(first, self.prefix, self.old, self.programs)
+        if kind.script:
+            return script_edits(first, self.prefix, self.old, self.programs, kind.placeholder)
+        return text_edits(first, self.prefix, self.old, kind.placeholder)
+
+    def stage(self) -> None:
+        """Write beside its place whatever changes. What is refused is in ``problems`` afterwards."""
+        self._remove_staged()
+        for path in sorted(self.kinds):
+            data = self.data(path)
+            first = self.notes.first(path, data)
             try:
-                for one in old | {placeholder}:
-                    fresh = mend_binary(fresh, prefix, one, max(0, len(placeholder) - len(one)))
-            except ValueError as error:
-                problems.append(f"{path} has {error}: choose a shorter prefix")
-                continue
-        else:
-            fresh = mend_text(data, prefix, old | {placeholder})
-        update(path, data, fresh)
-    return problems
+                self._stage(path, data, first, self.edits(path, self.kinds[path], first))
+            except NoRoom as error:
+                name = os.path.join(os.fsdecode(self.prefix), path)
+                self.problems.append(f"{name} has {error}: choose a shorter prefix")
+        if not self.problems:
+            self._stage_records()
+            self._stage_links()
+            self.after.prefixes[:] = sorted(map(os.fsdecode, {*self.old, self.prefix}))
+
+    def _stage(self, path: str, data: bytes, first: bytes, edits: list[Edit]) -> None:
+        fresh = apply(first, edits)
+        if edits:
+            places, shift = [], 0
+            for at, was, now in edits:
+                places.append((at + shift, was.decode("latin-1"), len(now)))
+                shift += len(now) - len(was)
+            self.after.files[path] = [Written(binascii.crc32(fresh), places)]
+        if fresh == data or self.problems:
+            return
+        status = os.stat(self.place(path))
+        names = [path]
+        if status.st_nlink > 1:
+            inode = (status.st_dev, status.st_ino)
+            if inode in self.inodes:
+                self.after.files.pop(path, None)
+                return  # another name of what is staged already
+            self.inodes.add(inode)
+            names = self._names(inode)
+        self.staged[path] = names
+        write_like(self.place(path), self.place(path) + FRESH, fresh, status)
+
+    def _names(self, inode: tuple[int, int]) -> list[str]:
+        """All names in the tree of a file that has several."""
+        if not self.names:
+            for path in self.files:
+                status = os.lstat(self.place(path))
+                if status.st_nlink > 1:
+                    self.names.setdefault((status.st_dev, status.st_ino), []).append(path)
+        return self.names[inode]
+
+    def _stage_records(self) -> None:
+        """RECORD notes each file of a distribution with its hash: those of the rewritten ones change."""
+        rewritten = sorted(self.after.files)
+        for record in self.files:
+            match = RECORD.fullmatch(record)
+            if match:
+                site = match.group("site")
+                spelt = {os.fsencode(os.path.relpath(path, site)): path for path in rewritten}
+                data = self.data(record)
+                first = self.notes.first(record, data)
+
+                def mended(path: bytes, spelt: dict[bytes, str] = spelt) -> bytes | None:
+                    return self._mended(spelt[path]) if path in spelt else None
+
+                self._stage(record, data, first, record_edits(first, mended, self.prefix, self.old))
+
+    def _mended(self, path: str) -> bytes:
+        """A file's bytes as they will be."""
+        return read(self.place(path) + (FRESH if path in self.staged else ""))
+
+    def _stage_links(self) -> None:
+        """A link into an old prefix leads to the same file of this tree, by a path from its own folder."""
+        for path in self.links:
+            leads = os.readlink(self.place(path))
+            was, now = self.notes.links.get(path, (leads, leads))
+            first = was if leads == now else leads
+            wanted = first
+            target = os.fsencode(first)
+            for one in sorted([*self.old, self.prefix], key=len, reverse=True):
+                if target == one or target.startswith(one + b"/"):
+                    if one != self.prefix:
+                        inside = os.fsdecode(target[len(one) + 1 :]) or "."
+                        wanted = os.path.relpath(inside, os.path.dirname(path) or ".")
+                        self.after.links[path] = (first, wanted)
+                    break
+            if wanted != leads:
+                self.led[path] = wanted
+
+    def commit(self) -> None:
+        """Put everything in its place."""
+        for path, names in self.staged.items():
+            for name in names:
+                if name != path:
+                    os.link(self.place(path) + FRESH, self.place(name) + FRESH)
+            for name in names:
+                os.replace(self.place(name) + FRESH, self.place(name))
+                if name.endswith(".py"):
+                    drop_byte_code(self.place(name))
+        for path, leads in self.led.items():
+            status = os.lstat(self.place(path))
+            os.symlink(leads, self.place(path) + FRESH)
+            os.lchown(self.place(path) + FRESH, status.st_uid, status.st_gid)
+            os.replace(self.place(path) + FRESH, self.place(path))
+        self._write_notes(self.after)
+
+    def note_ahead(self) -> None:
+        """Note every file as it is and as it will be: a move may be cut off at any moment."""
+        files = {path: list(ways) for path, ways in self.notes.files.items()}
+        for path, ways in self.after.files.items():
+            files[path] = files.get(path, []) + [
+                way for way in ways if way not in files.get(path, [])
+            ]
+        prefixes = sorted({*self.notes.prefixes, *self.after.prefixes})
+        self._write_notes(Notes(prefixes, files, {**self.notes.links, **self.after.links}))
+
+    def _write_notes(self, notes: Notes) -> None:
+        """Notes of nothing are none, so that a tree back at its first prefix is as it was."""
+        path = self.place(NOTES)
+        if notes.files or notes.links:
+            data = (
+                json.dumps(notes._asdict(), sort_keys=True, separators=(",", ":")).encode() + b"\n"
+            )
+            if data != read(path):
+                with open(path + FRESH, "wb") as file:
+                    file.write(data)
+                os.replace(path + FRESH, path)
+        elif os.path.lexists(path):
+            os.unlink(path)
+
+    def _remove_staged(self) -> None:
+        """What a move that was cut off left beside."""
+        for path in self.files + self.links:
+            if path.endswith(FRESH):
+                os.unlink(self.place(path))
+                self.kinds.pop(path, None)
+        self.files = [path for path in self.files if not path.endswith(FRESH)]
+        self.links = [path for path in self.links if not path.endswith(FRESH)]
+
+    def discard(self) -> None:
+        """Leave the tree as it was."""
+        for path in self.staged:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.place(path) + FRESH)
 
 
-def update(path: Path, data: bytes, fresh: bytes) -> None:
-    """Write the file only when it changes."""
-    if fresh != data:
-        write(path, fresh)
+def write_like(like: str, path: str, data: bytes, status: os.stat_result) -> None:
+    """Write a new file with the owner, mode, times and extended attributes of another.
+
+    status: of the file ``like``. Its time stays too: to make and to Python it is the same file.
+    """
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(file, rest) :]
+        if (status.st_uid, status.st_gid) != (os.geteuid(), os.getegid()):
+            os.fchown(file, status.st_uid, status.st_gid)
+        os.fchmod(file, stat.S_IMODE(status.st_mode))
+        with contextlib.suppress(OSError):  # a file system may know none
+            for name in os.listxattr(like):
+                os.setxattr(file, name, os.getxattr(like, name))
+        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    finally:
+        os.close(file)
 
 
-def mend_link(link: Path, old: set[bytes]) -> None:
-    """A link in bin that leads into an old prefix leads to the same file of this tree."""
-    leads = os.fsencode(os.readlink(link))  # noqa: PTH115 - Path.readlink came with 3.9
-    for one in old:
-        if leads.startswith(one + b"/"):
-            inside = os.path.relpath(os.fsdecode(leads[len(one) + 1 :]), "bin")
-            fresh = link.with_name(link.name + ".lockstep-new")
-            fresh.symlink_to(inside)
-            fresh.replace(link)
+def drop_byte_code(source: str) -> None:
+    """Remove what Python compiled from a source that changed: with time and size the same, it would stay."""
+    folder, name = os.path.split(source)
+    stem = name[: -len(".py")]
+    cache = os.path.join(folder, "__pycache__")
+    names = os.listdir(cache) if os.path.isdir(cache) else []
+    compiled = [os.path.join(cache, one) for one in names if one.startswith(stem + ".")]
+    for path in [*compiled, source + "c"]:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+
+
+def mend(root: str | os.PathLike[str], prefix: bytes) -> list[str]:
+    """Mend the whole tree. Returns sentences about what was refused; then nothing has changed."""
+    move = Move(os.fspath(root), prefix)
+    try:
+        move.stage()
+    except BaseException:
+        move.discard()
+        raise
+    if move.problems:
+        move.discard()
+        return move.problems
+    move.note_ahead()
+    if os.path.realpath(root) == os.path.realpath(os.fsdecode(prefix)):
+        os.sync()  # it is in use: after a power cut each file shall be the old or the new one, not empty
+    move.commit()
+    return []
+
+
+# ---- what stays -----------------------------------------------------------------------------------
+
+
+def leftovers(root: str | os.PathLike[str], prefix: bytes) -> list[tuple[str, str]]:
+    """What in the tree still names an old prefix, with the reason; reads every file."""
+    move = Move(os.fspath(root), prefix)
+    found = []
+    for path in move.links:
+        if any(one in os.fsencode(os.readlink(move.place(path))) for one in move.old):
+            found.append((path, "a link that leads elsewhere"))
+    for path in move.files:
+        data = read(move.place(path))
+        here = [one for one in move.old if one in data]
+        if here and any(one in data.replace(prefix, b"") for one in here):
+            found.append((path, why_it_stays(path, data, prefix, here)))
+    return sorted(found)
+
+
+def why_it_stays(path: str, data: bytes, prefix: bytes, old: list[bytes]) -> str:
+    """Why a file that names an old prefix was not mended."""
+    if path == NOTES:
+        return "notes of what was mended"
+    if path.startswith("conda-meta/") or path == CONDA_UNPACK:
+        return "records of conda: what was installed, and how"
+    if path.endswith(".pyc"):
+        return "byte code: on import Python puts in the path that the file has now"
+    if not is_text(data):
+        return "a binary that conda did not record: there is no room for another path"
+    if not text_edits(data, prefix, old):
+        return "part of a longer path or name"
+    return "data: neither its kind nor a record says that this is a path of the environment"
+
+
+def main(words: list[str]) -> int:
+    """Exit status 1, with sentences on standard error, when nothing could be mended."""
+    root, prefix = words[0], os.fsencode(words[1])
+    try:
+        if words[2:] == ["leftovers"]:
+            for path, why in leftovers(root, prefix):
+                print(f"{path}\t{why}")
+            return 0
+        problems = mend(root, prefix)
+    except OSError as error:
+        problems = [f"{error.filename or root} cannot be mended: {error.strerror}"]
+    print(*problems, sep="\n", file=sys.stderr, end="\n" if problems else "")
+    return 1 if problems else 0
 
 
 if __name__ == "__main__":
-    wrong = mend(Path(sys.argv[1]), os.fsencode(sys.argv[2]))
-    if wrong:
-        print(*wrong, sep="\n", file=sys.stderr)
-        sys.exit(1)
+    sys.exit(main(sys.argv[1:]))
