@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from roles.archives.probe import ArchivesState
 from roles.core.role import Finding, Peers, Target
+from roles.environment.fit import misfit
 from roles.environment.parcel import Parcel
 from roles.environment.probe import archive_of, parcel_of
 from roles.environment.spec import Environments
@@ -41,7 +42,10 @@ def unpublished(
         states = {target.node.name: state}
         states.update({node.name: peers[node.name] for node in target.others if node.name in peers})
         needing = [
-            node for node, found in states.items() if found.unpacked.get(one.name) != archive.sha256
+            node
+            for node, found in states.items()
+            if found.unpacked.get(one.name) != archive.sha256
+            and misfit(archive.needs, found.node) is None
         ]
         if needing:
             yield one.name, needing, parcel

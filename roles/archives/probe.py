@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from roles.core.role import Target, Unreadable, whole
 from roles.core.steps import quote
 from roles.environment import parcel
+from roles.environment.fit import PROBE, Offer, offer
 from roles.environment.probe import archive_of, parcel_of, stamp_values
 from roles.environment.prove import STAMP
 from roles.environment.spec import Environments
@@ -19,10 +20,11 @@ class ArchivesState:
 
     unpacked: Mapping[str, str]
     parcels: frozenset[str]
+    node: Offer = Offer()
 
 
 def probe(target: Target[Environments]) -> str:
-    """Lines ``parcel PATH`` and ``stamp NAME JSON``; ``end`` is the last."""
+    """What the node offers, then lines ``parcel PATH`` and ``stamp NAME JSON``; ``end`` is the last."""
     parts, parcels = [], []
     for one in target.spec.each():
         archive = archive_of(target.cluster, one)
@@ -32,7 +34,7 @@ def probe(target: Target[Environments]) -> str:
         parts.append(
             f"if [ -f {stamp} ]; then IFS= read -r l <{stamp}; printf 'stamp %s %s\\n' {one.name} \"$l\"; fi\n"
         )
-    return "".join([*parts, parcel.probe(parcels, target.cluster), "echo end\n"])
+    return "".join([PROBE, *parts, parcel.probe(parcels, target.cluster), "echo end\n"])
 
 
 @whole
@@ -40,7 +42,8 @@ def parse(text: str) -> ArchivesState:
     """The state that ``probe`` printed."""
     unpacked: dict[str, str] = {}
     parcels: set[str] = set()
-    for line in text.split("\n"):
+    node, rest = offer(text)
+    for line in rest.split("\n"):
         word, _, value = line.partition(" ")
         if word == "parcel":
             parcels.add(value)
@@ -49,4 +52,4 @@ def parse(text: str) -> ArchivesState:
             unpacked[name] = str(stamp_values(stamp).get("archive", ""))
         elif line:
             raise Unreadable(f"unexpected line {line!r}")
-    return ArchivesState(unpacked, frozenset(parcels))
+    return ArchivesState(unpacked, frozenset(parcels), node)

@@ -11,6 +11,7 @@ from pathlib import PurePosixPath
 from roles.core.role import Finding, Peers, Target
 from roles.environment import mend, prove
 from roles.environment.archive import Archive, ArchiveProblem, describe
+from roles.environment.fit import misfit
 from roles.environment.probe import BIN_ON_PATH, EnvironmentState, Seen, stamp_values
 from roles.environment.spec import Declared, Environments, normal_name, of_metadata
 
@@ -27,6 +28,12 @@ class Action(Enum):
 
 
 Pair = tuple[Action, Finding]
+
+BUILD = {
+    "environment-machine": "build the environment on a machine of the node's kind",
+    "environment-glibc": "build the environment on a system as old as the node's",
+}
+"""What to do about an environment that cannot run on a node."""
 
 
 def wanted_stamp(one: Declared, archive: Archive) -> str:
@@ -74,6 +81,20 @@ def _pairs(target: Target[Environments], state: EnvironmentState, one: Declared)
         yield Action.NONE, borrowed
         return
     tree = list(_tree(one, seen, archive))
+    wrong = misfit(archive.needs, state.node)
+    if wrong and any(action in (Action.UNPACK, Action.FINISH) for action, _ in tree):
+        id, want, has = wrong
+        yield (
+            Action.NONE,
+            Finding(
+                id,
+                f"{target.node.name} to have {want}, for {one.name}",
+                has,
+                f"give {target.node.name} what it needs, or {BUILD[id]}",
+                repairable=False,
+            ),
+        )
+        return
     yield from tree
     yield from _links(one, seen)
     if not tree:

@@ -34,6 +34,10 @@ MACHINES = {
 
 GLIBC = re.compile(rb"GLIBC_(\d{1,3}(?:\.\d{1,3}){1,2})")
 
+OFFERED = re.compile(
+    r"machine (?P<machine>\w+)(?:\n|\Z)(?:glibc (?P<glibc>\d+(?:\.\d+)+)(?:\n|\Z))?"
+)
+
 TELLING = re.compile(
     r"(?P<root>.*?)/?(?P<file>bin/(?P<program>python[0-9.]*)|lib/libpython[^/]*\.so[^/]*"
     r"|lib/python[0-9.]+/(?:lib-dynload/[^/]+\.so|site-packages/(?:torch|numpy|tokenizers|safetensors)/.*\.so[^/]*))"
@@ -52,6 +56,30 @@ class Needs:
     machine: str | None = None
     glibc: str = ""
     glibc_by: str = ""
+
+
+PROBE = """
+if ! read -r m 2>/dev/null </proc/sys/kernel/arch; then m=$(uname -m); fi
+printf 'machine %s\\n' "$m"
+if g=$(getconf GNU_LIBC_VERSION 2>/dev/null); then printf 'glibc %s\\n' "${g#glibc }"; fi
+"""
+"""Prints what a node offers: ``machine NAME``, and ``glibc VERSION`` where that is its C library."""
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a node has. machine: as ``uname -m`` names it; glibc: empty where it has another C library."""
+
+    machine: str = ""
+    glibc: str = ""
+
+
+def offer(text: str) -> tuple[Offer, str]:
+    """What PROBE printed at the start of a text, and the rest of it. Raises ValueError."""
+    match = OFFERED.match(text)
+    if match is None:
+        raise ValueError("the answer does not tell the node's machine")
+    return Offer(match["machine"], match["glibc"] or ""), text[match.end() :]
 
 
 def numbers(version: str) -> tuple[int, ...]:
@@ -122,13 +150,11 @@ class Reading:
         return Needs(machine, *self._glibc.get((root, machine), ("", "")))
 
 
-def misfit(needs: Needs, machine: str, glibc: str) -> tuple[str, str] | None:
-    """What is wanted and what the node has, where the environment cannot run there.
-
-    machine, glibc: the node's; glibc is empty where it has another C library, which is not judged.
-    """
-    if needs.machine and needs.machine != machine:
-        return needs.machine, machine
-    if needs.glibc and glibc and numbers(glibc) < numbers(needs.glibc):
-        return f"glibc {needs.glibc} (by {needs.glibc_by})", f"glibc {glibc}"
+def misfit(needs: Needs, node: Offer) -> tuple[str, str, str] | None:
+    """(id of the finding, what is wanted, what the node has) where the environment cannot run there."""
+    if needs.machine and node.machine and needs.machine != node.machine:
+        return "environment-machine", needs.machine, node.machine
+    if needs.glibc and node.glibc and numbers(node.glibc) < numbers(needs.glibc):
+        wanted = f"glibc {needs.glibc} or newer, which {needs.glibc_by} needs"
+        return "environment-glibc", wanted, f"glibc {node.glibc}"
     return None

@@ -12,6 +12,7 @@ from roles.core.role import Target, Unreadable, whole
 from roles.core.steps import quote
 from roles.environment import parcel
 from roles.environment.archive import Archive, ArchiveProblem, describe
+from roles.environment.fit import PROBE, Offer, offer
 from roles.environment.parcel import Parcel
 from roles.environment.prove import PROOF, STAMP
 from roles.environment.spec import HOME_OF_ENVIRONMENTS, Declared, Environments
@@ -62,10 +63,11 @@ class Seen:
 
 @dataclass(frozen=True)
 class EnvironmentState:
-    """environments: by name. parcels: places that hold an archive."""
+    """environments: by name. parcels: places that hold an archive. node: what it offers to run them."""
 
     environments: Mapping[str, Seen]
     parcels: frozenset[str]
+    node: Offer = Offer()
 
 
 def stamp_values(text: str) -> dict[str, Any]:
@@ -111,7 +113,7 @@ done
 
 
 def probe(target: Target[Environments]) -> str:
-    """Lines ``word value``; ``environment NAME`` begins each environment, ``end`` is the last."""
+    """What the node offers, then lines ``word value``; ``environment NAME`` begins each environment, ``end`` is the last."""
     parts = []
     parcels = []
     for one in target.spec.each():
@@ -119,7 +121,7 @@ def probe(target: Target[Environments]) -> str:
         if archive:
             parcels.append(parcel_of(target.cluster, one, archive))
         parts.append(_probe_one(one, archive))
-    return "".join([*parts, parcel.probe(parcels, target.cluster), "echo end\n"])
+    return "".join([PROBE, *parts, parcel.probe(parcels, target.cluster), "echo end\n"])
 
 
 def _probe_one(one: Declared, archive: Archive | None) -> str:
@@ -167,7 +169,8 @@ def parse(text: str) -> EnvironmentState:
     environments: dict[str, dict[str, Any]] = {}
     parcels: set[str] = set()
     now: dict[str, Any] = {}
-    for line in text.split("\n"):
+    node, rest = offer(text)
+    for line in rest.split("\n"):
         word, _, value = line.partition(" ")
         if word == "environment":
             now = {"distributions": set(), "commands": {}, "links": {}, "fresh": {}}
@@ -184,6 +187,7 @@ def parse(text: str) -> EnvironmentState:
             for name, values in environments.items()
         },
         frozenset(parcels),
+        node,
     )
 
 

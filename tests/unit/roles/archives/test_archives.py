@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from roles.archives.probe import ArchivesState, parse, probe
 from roles.core.role import Target, Unreadable
 from roles.core.steps import Upload
 from roles.environment.archive import Archive, ArchiveProblem
+from roles.environment.fit import Needs, Offer
 from roles.environment.spec import Environments
 from roles.storage.spec import StorageSpec
 
@@ -52,6 +54,17 @@ def test_nothing_is_published_that_nobody_needs_or_that_lies_there() -> None:
     assert drift(target(), ArchivesState({}, frozenset({PLACE})), {"node2": LACK}) == []
 
 
+def test_an_archive_that_runs_on_no_node_that_lacks_it_is_not_published(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fitting = replace(ARCHIVE, needs=Needs("x86_64", "2.34", "x.so"))
+    monkeypatch.setattr(sys.modules["roles.environment.probe"], "describe", lambda path: fitting)
+    old, new = (ArchivesState({}, frozenset(), Offer("x86_64", v)) for v in ("2.28", "2.36"))
+    assert drift(target(), old, {"node2": old}) == []
+    (finding,) = drift(target(), old, {"node2": old, "node3": new})
+    assert "for node3" in finding.want
+
+
 def test_a_node_that_cannot_be_read_asks_for_nothing() -> None:
     assert drift(target(), HAVE, {}) == []
 
@@ -73,12 +86,16 @@ def test_an_unusable_archive_is_left_to_the_environment_role(
 
 
 def test_what_the_probe_prints_is_read() -> None:
-    text = f'stamp llm {{"archive": "{ARCHIVE.sha256}"}}\nstamp other no json\nparcel {PLACE}\nend'
-    expected = ArchivesState({"llm": ARCHIVE.sha256, "other": ""}, frozenset({PLACE}))
+    text = f'machine x86_64\nglibc 2.36\nstamp llm {{"archive": "{ARCHIVE.sha256}"}}\nstamp other no json\nparcel {PLACE}\nend'
+    expected = ArchivesState(
+        {"llm": ARCHIVE.sha256, "other": ""}, frozenset({PLACE}), Offer("x86_64", "2.36")
+    )
     assert parse(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "stamp llm {}", "what\nend"])
+@pytest.mark.parametrize(
+    "text", ["", "stamp llm {}", "stamp llm {}\nend", "machine x86_64\nwhat\nend"]
+)
 def test_garbage_is_unreadable(text: str) -> None:
     with pytest.raises(Unreadable):
         parse(text)

@@ -19,6 +19,7 @@ from roles.environment import mend, prove, role
 from roles.environment.archive import Archive, ArchiveProblem
 from roles.environment.converge import converge
 from roles.environment.drift import drift, wanted_proof, wanted_stamp
+from roles.environment.fit import Needs, Offer
 from roles.environment.probe import Command, EnvironmentState, Seen, parse, probe
 from roles.environment.spec import Environments
 from roles.storage.spec import StorageSpec
@@ -422,10 +423,12 @@ def test_recorded_bare_node_has_the_wrong_python() -> None:
     "text",
     [
         "",
-        "environment llm",
-        "tree directory\nend",
-        "environment llm\nnonsense 1\nend",
-        "environment llm\ncommand torchrun\nend",
+        "environment llm\nend",
+        "machine x86_64\nglibc new\nenvironment llm\nend",
+        "machine x86_64\nenvironment llm",
+        "machine x86_64\ntree directory\nend",
+        "machine x86_64\nenvironment llm\nnonsense 1\nend",
+        "machine x86_64\nenvironment llm\ncommand torchrun\nend",
     ],
 )
 def test_garbage_is_unreadable(text: str) -> None:
@@ -441,3 +444,50 @@ def test_facts_of_several_environments_carry_their_names() -> None:
         == "a 2.13.0, c 2.13.0"
     )
     assert torch.read(state(Seen())) is None
+
+
+@pytest.mark.parametrize(
+    ("needs", "node", "id", "words"),
+    [
+        (Needs("aarch64"), Offer("x86_64", "2.36"), "environment-machine", ("aarch64", "x86_64")),
+        (
+            Needs("x86_64", "2.34", "lib/libc10.so"),
+            Offer("x86_64", "2.28"),
+            "environment-glibc",
+            ("glibc 2.34 or newer, which lib/libc10.so needs", "glibc 2.28"),
+        ),
+    ],
+)
+def test_an_environment_that_cannot_run_on_a_node_is_refused_before_it_is_shipped(
+    monkeypatch: pytest.MonkeyPatch, needs: Needs, node: Offer, id: str, words: tuple[str, str]
+) -> None:
+    describing(monkeypatch, replace(ARCHIVE, needs=needs))
+    for seen in (MISSING, replace(right(), stamp='{"archive": "00"}')):
+        found = drift(target(), EnvironmentState({"llm": seen}, frozenset(), node), {})
+        assert [(finding.id, finding.repairable) for finding in found] == [(id, False)]
+        assert words[0] in found[0].want and "node1" in found[0].want and found[0].seen == words[1]
+
+
+@pytest.mark.parametrize(
+    ("needs", "node"),
+    [
+        (Needs(), Offer("x86_64", "2.17")),
+        (Needs("x86_64", "2.9", "x.so"), Offer("x86_64", "2.17")),
+        (Needs("x86_64", "2.17", "x.so"), Offer("x86_64", "2.17")),
+        (Needs("x86_64", "2.34", "x.so"), Offer("x86_64")),
+    ],
+)
+def test_an_environment_that_a_node_can_run_is_unpacked(
+    monkeypatch: pytest.MonkeyPatch, needs: Needs, node: Offer
+) -> None:
+    describing(monkeypatch, replace(ARCHIVE, needs=needs))
+    found = drift(target(), EnvironmentState({"llm": MISSING}, frozenset(), node), {})
+    assert [finding.id for finding in found] == ["environment-missing"]
+
+
+def test_an_environment_that_works_on_a_node_is_not_judged_by_what_it_seems_to_need(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    describing(monkeypatch, replace(ARCHIVE, needs=Needs("x86_64", "2.99", "x.so")))
+    there = EnvironmentState({"llm": right()}, frozenset(), Offer("x86_64", "2.36"))
+    assert drift(target(), there, {}) == []
