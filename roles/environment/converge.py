@@ -32,15 +32,18 @@ LOGIN = "env -i HOME=/root PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bi
 """What a login that runs no shell profile has: how launchers reach the other nodes."""
 
 
+HERE = Path(__file__).parent
+
+
 @cache
-def text_of(name: str) -> str:
-    """A script of this folder that is sent to the nodes."""
-    return Path(__file__).with_name(name).read_text()
+def text_of(path: Path) -> str:
+    """A script that is sent to the nodes."""
+    return path.read_text()
 
 
-def here_script(name: str) -> str:
-    """The script as a here-document."""
-    return f"<<'LOCKSTEP_SCRIPT'\n{text_of(name)}LOCKSTEP_SCRIPT\n"
+def here_script(name: str, folder: Path = HERE) -> str:
+    """A script of a role's folder as a here-document."""
+    return f"<<'LOCKSTEP_SCRIPT'\n{text_of(folder / name)}LOCKSTEP_SCRIPT\n"
 
 
 def converge(

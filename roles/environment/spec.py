@@ -79,6 +79,9 @@ ControlPath = Annotated[Path, BeforeValidator(_path)]
 """A path on the control machine; a relative one counts from the cluster file's folder."""
 
 
+DistributionName = Annotated[str, _matching(DISTRIBUTION, "name of a distribution")]
+
+
 class Environment(Strict):
     """One environment, the same on every node.
 
@@ -91,6 +94,7 @@ class Environment(Strict):
     pins: distribution name to the exact version that replaces the archive's own.
     wheels: directory on the control machine with the wheels of the pins.
     index: address of the package index for pins without such a directory.
+    unmet: distribution to what it requires that need not be there in the right version.
     """
 
     archive: ControlPath
@@ -105,12 +109,10 @@ class Environment(Strict):
         "deepspeed",
     ]
     on_path: bool | None = None
-    pins: dict[
-        Annotated[str, _matching(DISTRIBUTION, "name of a distribution")],
-        Annotated[Version, _matching(VERSION, "version")],
-    ] = {}
+    pins: dict[DistributionName, Annotated[Version, _matching(VERSION, "version")]] = {}
     wheels: ControlPath | None = None
     index: Annotated[str, AfterValidator(_index)] | None = None
+    unmet: dict[DistributionName, list[DistributionName]] = {}
 
     @model_validator(mode="after")
     def _pins_can_be_met(self) -> Environment:

@@ -1,12 +1,14 @@
 """pins: exact versions of single distributions in an environment, put there from offline wheels or an index.
 
-The pins stand in the section ``environments``. torch is never among them.
+The pins stand in the section ``environments``. torch is never among them. A pin that would break what
+another distribution requires is refused before anything is changed; afterwards, the requirements of all
+distributions are checked in the environment itself.
 """
 
-from roles.core.role import Role
+from roles.core.role import Fact, Role
 from roles.environment.spec import Environments
 from roles.pins.converge import converge, proof
-from roles.pins.drift import drift
+from roles.pins.drift import drift, remarks, unmet_of
 from roles.pins.probe import PinsState, parse, probe
 
 role: Role[Environments, PinsState] = Role(
@@ -21,4 +23,6 @@ role: Role[Environments, PinsState] = Role(
     proof=proof,
     needs=("environment",),
     head_first=True,
+    remarks=remarks,
+    facts=[Fact("requirements not met", "equal", unmet_of)],
 )

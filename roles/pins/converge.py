@@ -1,37 +1,44 @@
-"""Installs the pins, each alone: nothing is resolved, and torch stays."""
+"""Installs the pins, each alone: nothing is resolved, and torch stays; then all requirements are checked."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 from roles.core.role import Finding, Peers, Target
 from roles.core.steps import Shell, Step, quote
-from roles.environment.converge import ASIDE, LOGIN, alone
+from roles.environment.converge import ASIDE, LOGIN, alone, here_script
 from roles.environment.converge import proof as environment_proof
 from roles.environment.parcel import deliver, place_of
+from roles.environment.probe import archive_of
 from roles.environment.prove import PROOF, STAMP
 from roles.environment.spec import Declared, Environments
-from roles.pins.drift import Wrong, wrongs
-from roles.pins.probe import PinsState, Site, pinned
+from roles.pins.drift import Wrong, known, wrongs
+from roles.pins.probe import PinsState, Site
 from roles.pins.wheels import pip_wheel
 
+HERE = Path(__file__).parent
 INSTALL_SECONDS = 900
+MACHINES = ("x86_64", "aarch64")
+"""Those whose markers count for what a proof knows: it is written before a node is looked at."""
 
 
 def converge(
     target: Target[Environments], state: PinsState, peers: Peers, findings: Sequence[Finding]
 ) -> Iterator[Step]:
-    """The wheels first, then one pip an environment."""
-    for one in pinned(target.spec):
+    """The wheels first, then one pip an environment. What is only unchecked needs pip's wheel alone."""
+    for one in target.spec.each():
         found = [
             wrong
             for wrong in wrongs(target, state, one)
             if wrong.finding in findings and wrong.finding.repairable
         ]
+        site = state.environments.get(one.name, Site())
         if not found:
+            if findings and site.path:
+                yield from deliver(pip_wheel(site.python), target, state.parcels, peers)
             continue
-        site = state.environments.get(one.name, Site("", frozenset()))
         if not site.path:
             yield Shell(f"echo {quote(f'there is no environment at {one.prefix}')} >&2; exit 1")
             return
@@ -92,5 +99,24 @@ def _folders(site: str, found: Sequence[Wrong]) -> str:
 
 
 def proof(target: Target[Environments]) -> str:
-    """Prove the environments again, where a pin changed them."""
-    return environment_proof(target, stale_only=True)
+    """Prove the environments again, where a pin changed them, and check all requirements in them."""
+    return environment_proof(target, stale_only=True) + "".join(_check(target))
+
+
+def _check(target: Target[Environments]) -> Iterator[str]:
+    yield (
+        "cd /\ncheck() {\n"
+        "P=$1 K=$2; shift 2\n"
+        'for w in "$@"; do if [ -f "$w" ]; then break; fi; done\n'
+        'if ! [ -x "$P/bin/python" ]; then return 0; fi\n'
+        'if ! [ -f "$w" ]; then printf \'requirements-unchecked\\tno pip at %s\\n\' "$w"; return 0; fi\n'
+        f'{LOGIN} "$P/bin/python" - "$P" "$K" "$w" {here_script("prove.py", HERE)}}}\n'
+    )
+    for one in target.spec.each():
+        archive = archive_of(target.cluster, one)
+        if archive is not None:
+            pairs = json.dumps(
+                sorted({pair for each in MACHINES for pair in known(one, archive, each)})
+            )
+            places = " ".join(map(quote, pip_wheel(archive.python).places(target.cluster)))
+            yield f"check {quote(one.prefix)} {quote(pairs)} {places}\n"

@@ -1,4 +1,4 @@
-"""How the distributions of an environment differ from its pins."""
+"""How the distributions of an environment differ from its pins, and which requirements are not met there."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from roles.core.role import Finding, Peers, Target
+from roles.environment.archive import Archive
 from roles.environment.parcel import Parcel
+from roles.environment.probe import archive_of
 from roles.environment.spec import Declared, Environments, normal_name, of_metadata
 from roles.pins.distributions import installed, meets
-from roles.pins.probe import PinsState, Site, pinned
+from roles.pins.probe import PinsState, Site
+from roles.pins.requirements import acceptance, accepted, conflicts, is_accepted, of_the_archive
 from roles.pins.wheels import WheelProblem, pip_wheel, wheels_of
 
 
@@ -31,13 +34,127 @@ class Wrong:
 
 
 def drift(target: Target[Environments], state: PinsState, peers: Peers) -> list[Finding]:
-    """Findings of every pin of every environment."""
-    return [wrong.finding for one in pinned(target.spec) for wrong in wrongs(target, state, one)]
+    """Findings of every environment. A pin that would break something is refused with all its fellows."""
+    return [finding for one in target.spec.each() for finding in _findings(target, state, one)]
+
+
+def _findings(target: Target[Environments], state: PinsState, one: Declared) -> Iterator[Finding]:
+    archive = archive_of(target.cluster, one)
+    if archive:
+        yield from _unclear(one, archive)
+        refused = list(_refused(target, state, one, archive))
+        if refused:
+            yield from refused
+            return
+    wrong = list(wrongs(target, state, one))
+    yield from (each.finding for each in wrong)
+    if archive and not wrong:
+        yield from _requirements(target, state, one, archive)
+
+
+def _unclear(one: Declared, archive: Archive) -> Iterator[Finding]:
+    """Records that claim the same files. Of a pinned distribution all go, and it is installed again."""
+    pinned = {normal_name(name) for name in one.spec.pins}
+    for group in archive.unclear:
+        names = {of_metadata(folder)[0] for folder in group.split(" and ")}
+        if names <= pinned:
+            continue
+        yield Finding(
+            "archive-duplicate",
+            f"one record of the files of {' and '.join(sorted(names))} in the archive of {one.name}",
+            f"{group}, and the files are those of neither",
+            f"before packing it, uninstall {' and '.join(sorted(names))} there until pip finds none, "
+            "then install the one that torch or the others require",
+            repairable=False,
+        )
+
+
+def _refused(
+    target: Target[Environments], state: PinsState, one: Declared, archive: Archive
+) -> Iterator[Finding]:
+    """What the pins would break, before anything is changed."""
+    versions = {normal_name(name): pin for name, pin in one.spec.pins.items()}
+    for each in conflicts(target.cluster, one, archive, state.machine):
+        if each.required in versions:
+            fix = f"pin another version of {each.required}"
+        else:
+            fix = f"pin {each.required} too, in the version that {each.distribution} requires"
+        pinned = f"{each.required} {versions.get(each.required, '')}"
+        yield Finding(
+            "pin-conflict",
+            f"{each.requirement} in {one.prefix}, as {each.distribution} {each.version} requires",
+            f"a pin of {pinned}"
+            if each.required in versions
+            else each.have or "none in the archive",
+            f"{fix}, or accept that it is not met: {acceptance(one, each)}",
+            repairable=False,
+        )
+
+
+def _requirements(
+    target: Target[Environments], state: PinsState, one: Declared, archive: Archive
+) -> Iterator[Finding]:
+    """What the last check in the environment itself found, if it still stands."""
+    site = state.environments.get(one.name, Site())
+    if not site.path:  # the environment role says so
+        return
+    pip = pip_wheel(archive.python)
+    found = site.unmet
+    if found is None or not state.parcels.intersection(pip.places(target.cluster)):
+        yield Finding(
+            "requirements-unchecked",
+            f"the requirements of all distributions in {one.prefix} checked",
+            "not since a change" if found is None else "the pip that checks them is not there",
+            "they are checked",
+        )
+        return
+    for each in found:
+        if (each.distribution, each.required) not in known(one, archive, state.machine):
+            yield Finding(
+                "requirement-unmet",
+                f"{each.requirement} in {one.prefix}, as {each.distribution} {each.version} requires",
+                each.have or "not there",
+                f"pin {each.required}, or accept that it is not met: {acceptance(one, each)}",
+                repairable=False,
+            )
+
+
+def known(one: Declared, archive: Archive, machine: str) -> set[tuple[str, str]]:
+    """(distribution, what it requires) that may stay unmet: accepted, or the archive's own affair."""
+    own = {(each.distribution, each.required) for each in of_the_archive(archive, machine)}
+    return own | {(name, each) for name, names in accepted(one).items() for each in names}
+
+
+def remarks(
+    target: Target[Environments], state: PinsState, peers: Peers, dry: bool
+) -> Iterator[tuple[str, str | None]]:
+    """Requirements that the archives themselves do not meet: said by the head, for all nodes."""
+    for one in target.spec.each() if target.is_head else ():
+        archive = archive_of(target.cluster, one)
+        for each in of_the_archive(archive, state.machine) if archive else ():
+            if not is_accepted(one, each):
+                yield (
+                    f"{each} in the archive of {one.name}; it stays so, and "
+                    f"{acceptance(one, each)} in the cluster file ends this remark",
+                    "yellow",
+                )
+
+
+def unmet_of(state: PinsState) -> str | None:
+    """All that is not met in the environments, in words; None where something is unchecked."""
+    words = []
+    for name, site in sorted(state.environments.items()):
+        found = site.unmet
+        if found is None:
+            return None
+        place = f"{name}: " if len(state.environments) > 1 else ""
+        words += [f"{place}{each.distribution} needs {each.requirement}" for each in found]
+    return ", ".join(words) or "none"
 
 
 def wrongs(target: Target[Environments], state: PinsState, one: Declared) -> Iterator[Wrong]:
     """The pins of one environment that are not met."""
-    site = state.environments.get(one.name, Site("", frozenset()))
+    site = state.environments.get(one.name, Site())
     present = installed(site.folders)
     for name, pin in one.spec.pins.items():
         found = _difference(name, pin, present)

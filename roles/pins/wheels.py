@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import re
+import zipfile
+import zlib
+from email.parser import HeaderParser
 from functools import cache
 from pathlib import Path
 
@@ -42,6 +46,26 @@ def wheels_of(cluster: Cluster, one: Declared, name: str, python: str) -> list[P
         names = ", ".join(file.name for file, _ in right)
         raise WheelProblem(f"no wheel of {name} {pin} in {folder} is for Python {python}: {names}")
     return [_parcel(file) for file in fitting]
+
+
+def requirements_of(wheel: Path) -> tuple[str, ...]:
+    """What the wheel's distribution requires. Raises WheelProblem for a file that is no wheel."""
+    return _requirements(wheel, wheel.stat().st_mtime_ns)
+
+
+@cache
+def _requirements(wheel: Path, mtime_ns: int) -> tuple[str, ...]:
+    try:
+        with zipfile.ZipFile(wheel) as opened:
+            [name] = [
+                name
+                for name in opened.namelist()
+                if re.fullmatch(r"[^/]+\.dist-info/METADATA", name)
+            ]
+            told = HeaderParser().parsestr(opened.read(name).decode(errors="replace"))
+    except (OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise WheelProblem(f"{wheel} is no whole wheel: {error}") from None
+    return tuple(told.get_all("Requires-Dist", ()))
 
 
 def pip_wheel(python: str) -> Parcel:

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
+import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from inventory.cluster import Cluster, Node
+from roles import pins
 from roles.core.role import Finding, Target, Unreadable
 from roles.core.steps import Shell, Upload
 from roles.environment.archive import Archive
 from roles.environment.spec import Environments, of_metadata
 from roles.pins.converge import converge
 from roles.pins.distributions import fits, meets, of_wheel
-from roles.pins.drift import drift
-from roles.pins.probe import PinsState, Site, parse, probe
+from roles.pins.drift import drift, remarks, unmet_of
+from roles.pins.probe import PinsState, Site, parse
+from roles.pins.prove import CHECKED, STAMP, key
+from roles.pins.wheels import pip_wheel
 
 SITE = "/opt/lockstep/envs/llm/lib/python3.11/site-packages"
 NODES = {f"node{n}": Node(name=f"node{n}", address=f"10.0.0.{n}") for n in (1, 2)}
@@ -24,21 +31,36 @@ NODES = {f"node{n}": Node(name=f"node{n}", address=f"10.0.0.{n}") for n in (1, 2
 
 @pytest.fixture(autouse=True)
 def known_archive(monkeypatch: pytest.MonkeyPatch) -> None:
+    describing(monkeypatch)
+
+
+def describing(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
     archive = Archive("ab" * 32, 1, 1, "tar", "", "3.11", "bin/python3", None)
-    monkeypatch.setattr(sys.modules["roles.environment.probe"], "describe", lambda path: archive)
+    monkeypatch.setattr(
+        sys.modules["roles.environment.probe"], "describe", lambda path: replace(archive, **changes)
+    )
 
 
-def target(tmp_path: Path, **pins: str) -> Target[Environments]:
+def target(tmp_path: Path, **versions: str) -> Target[Environments]:
     """wheels: those of protobuf and of flash-attn for two Pythons."""
     for name in (
         "protobuf-3.20.3-py2.py3-none-any.whl",
         "flash_attn-2.7.4+cu12-cp311-cp311-linux_x86_64.whl",
         "flash_attn-2.7.4+cu12-cp312-cp312-linux_x86_64.whl",
         "flash_attn-2.0.0-cp39-cp39-linux_x86_64.whl",
-        "notes.txt",
     ):
-        (tmp_path / name).write_text(name)
-    return of({"wheels": str(tmp_path), "pins": pins})
+        wheel(tmp_path, name)
+    (tmp_path / "notes.txt").write_text("no wheel")
+    return of({"wheels": str(tmp_path), "pins": versions})
+
+
+def wheel(folder: Path, name: str, *requires: str) -> None:
+    """A wheel of that file name, which requires these."""
+    with zipfile.ZipFile(folder / name, "w") as made:
+        lines = "".join(f"Requires-Dist: {one}\n" for one in requires)
+        made.writestr(
+            f"{'-'.join(name.split('-')[:2])}.dist-info/METADATA", f"Name: x\n{lines}\nbody"
+        )
 
 
 def of(entry: dict[str, Any]) -> Target[Environments]:
@@ -47,8 +69,14 @@ def of(entry: dict[str, Any]) -> Target[Environments]:
     return Target(cluster, NODES["node1"], section)
 
 
-def state(*folders: str) -> PinsState:
-    return PinsState({"llm": Site(SITE, frozenset(folders))}, frozenset())
+def state(*folders: str, unmet: list[list[str]] | None = None) -> PinsState:
+    """A node with these metadata folders, whose requirements were checked."""
+    stamp = '{"archive": "ab"}'
+    checked = json.dumps({"key": key(stamp, folders), "unmet": unmet or []})
+    pip = pip_wheel("3.11").local()
+    return PinsState(
+        {"llm": Site(SITE, frozenset(folders), stamp, checked)}, frozenset({pip}), "x86_64"
+    )
 
 
 def only(found: list[Finding]) -> Finding:
@@ -132,7 +160,8 @@ def test_another_version_is_replaced_from_its_wheel_alone(
     where = target(tmp_path, protobuf="3.20.3")
     finding = only(drift(where, state(*folders), {}))
     assert (finding.id, finding.seen, finding.disturbs) == ("pin-version", seen, True)
-    pip, wheel, install = list(converge(where, state(*folders), {}, [finding]))
+    bare = replace(state(*folders), parcels=frozenset())
+    pip, wheel, install = list(converge(where, bare, {}, [finding]))
     assert isinstance(pip, Upload) and Path(pip.destination).name.startswith("pip-")
     assert isinstance(wheel, Upload) and wheel.source.name == "protobuf-3.20.3-py2.py3-none-any.whl"
     assert isinstance(install, Shell)
@@ -144,7 +173,7 @@ def test_the_wheel_of_the_environments_python_is_taken(tmp_path: Path) -> None:
     where = target(tmp_path, **{"flash-attn": "2.7.4"})
     steps = list(converge(where, state(), {}, drift(where, state(), {})))
     uploads = [step.source.name for step in steps if isinstance(step, Upload)]
-    assert uploads[1:] == ["flash_attn-2.7.4+cu12-cp311-cp311-linux_x86_64.whl"]
+    assert uploads == ["flash_attn-2.7.4+cu12-cp311-cp311-linux_x86_64.whl"]
 
 
 @pytest.mark.parametrize(
@@ -182,14 +211,16 @@ def test_an_index_is_used_with_the_nodes_own_settings() -> None:
     assert "PIP_CONFIG_FILE" not in install.command and "--no-index" not in install.command
 
 
-def test_an_environment_without_pins_costs_nothing() -> None:
-    where = of({})
-    assert probe(where) == "echo end\n"
-    assert drift(where, parse("end"), {}) == []
-
-
 @pytest.mark.parametrize(
-    "text", ["", "environment llm", "d x\nend", "environment llm\nwhat 1\nend"]
+    "text",
+    [
+        "",
+        "end",
+        "environment llm",
+        "machine x86_64\nd x\nend",
+        "machine x86_64\nenvironment llm\nwhat 1\nend",
+        "environment llm\nend",
+    ],
 )
 def test_garbage_is_unreadable(text: str) -> None:
     with pytest.raises(Unreadable):
@@ -197,7 +228,167 @@ def test_garbage_is_unreadable(text: str) -> None:
 
 
 def test_what_the_probe_prints_is_read() -> None:
-    text = f"environment llm\n\nsite {SITE}\nd a-1.dist-info\nparcel /x\nend"
+    text = (
+        "machine x86_64\nenvironment llm\n\n"
+        f'{STAMP} {{"a": 1}}\n{CHECKED} {{"b": 2}}\nsite {SITE}\nd a-1.dist-info\nparcel /x\nend'
+    )
     found = parse(text)
-    assert found == PinsState({"llm": Site(SITE, frozenset({"a-1.dist-info"}))}, frozenset({"/x"}))
+    site = Site(SITE, frozenset({"a-1.dist-info"}), '{"a": 1}', '{"b": 2}')
+    assert found == PinsState({"llm": site}, frozenset({"/x"}), "x86_64")
     assert found.environments["llm"].python == "3.11"
+
+
+# --- requirements ---
+
+DEEPSPEED = {
+    "distributions": ("deepspeed-0.14.0.dist-info", "protobuf-4.25.0.dist-info"),
+    "requires": {"deepspeed-0.14.0.dist-info": ["protobuf>=4", "gpustat; extra == 'all'"]},
+}
+
+
+def test_a_pin_that_another_package_does_not_take_is_refused_before_anything_is_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    describing(monkeypatch, **DEEPSPEED)
+    where = target(tmp_path, protobuf="3.20.3", **{"flash-attn": "2.7.4"})
+    finding = only(drift(where, state("protobuf-4.25.0.dist-info"), {}))
+    assert (finding.id, finding.repairable) == ("pin-conflict", False)
+    assert finding.want == ("protobuf>=4 in /opt/lockstep/envs/llm, as deepspeed 0.14.0 requires")
+    assert finding.seen == "a pin of protobuf 3.20.3"
+    assert "environments.llm.unmet: {deepspeed: [protobuf]}" in finding.fix
+
+
+def test_a_conflict_that_the_file_accepts_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    describing(monkeypatch, **DEEPSPEED)
+    where = target(tmp_path, protobuf="3.20.3")
+    entry = where.spec.each()[0].spec.model_dump(mode="json") | {
+        "unmet": {"DeepSpeed": ["ProtoBuf"]}
+    }
+    unmet = [["deepspeed", "0.14.0", "protobuf>=4", "protobuf", "3.20.3"]]
+    right = state("deepspeed-0.14.0.dist-info", "protobuf-3.20.3.dist-info", unmet=unmet)
+    assert drift(of(entry), right, {}) == []
+    assert unmet_of(right) == "deepspeed needs protobuf>=4"
+    assert list(remarks(of(entry), right, {}, False)) == []
+
+
+def test_what_a_pinned_wheel_itself_requires_must_be_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    describing(monkeypatch, distributions=("b-1.0.dist-info",))
+    wheel(
+        tmp_path,
+        "a-2-py3-none-any.whl",
+        "b>=2",
+        "c; python_version < '3.9'",
+        "d; platform_machine == 'x86_64'",
+    )
+    found = drift(of({"wheels": str(tmp_path), "pins": {"a": "2"}}), state(), {})
+    assert [(one.id, one.want.split()[0], one.seen) for one in found] == [
+        ("pin-conflict", "b>=2", "1.0"),
+        ("pin-conflict", "d", "none in the archive"),
+    ]
+    wheel(tmp_path, "b-2.5-py3-none-any.whl")
+    both = of({"wheels": str(tmp_path), "pins": {"a": "2", "b": "2.5"}, "unmet": {"a": ["d"]}})
+    assert {one.id for one in drift(both, state(), {})} == {"pin-version"}
+
+
+def test_what_the_archive_itself_does_not_meet_is_a_remark_of_the_head(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    describing(
+        monkeypatch,
+        distributions=("tool-1.dist-info",),
+        requires={"tool-1.dist-info": ["peft<1", "odd version!!"]},
+    )
+    seen = state("tool-1.dist-info", unmet=[["tool", "1", "peft<1", "peft", ""]])
+    where = of({})
+    assert drift(where, seen, {}) == []
+    [(line, colour)] = list(remarks(where, seen, {}, False))
+    assert "tool 1 requires peft<1, and that is not there in the archive of llm" in line
+    assert "environments.llm.unmet: {tool: [peft]}" in line and colour == "yellow"
+    worker = Target(where.cluster, NODES["node2"], where.spec)
+    assert list(remarks(worker, seen, {}, False)) == []
+
+
+def test_what_is_newly_unmet_on_a_node_is_a_finding() -> None:
+    seen = state("a-1.dist-info", unmet=[["a", "1", "b>=2", "b", "1.0"]])
+    finding = only(drift(of({}), seen, {}))
+    assert (finding.id, finding.seen, finding.repairable) == ("requirement-unmet", "1.0", False)
+    assert drift(of({"unmet": {"a": ["b"]}}), seen, {}) == []
+
+
+@pytest.mark.parametrize("checked", ["", "{", '{"key": "x"}', "[]"])
+def test_a_missing_or_stale_check_is_done_again(checked: str) -> None:
+    seen = state("a-1.dist-info")
+    stale = replace(seen, environments={"llm": replace(seen.environments["llm"], checked=checked)})
+    finding = only(drift(of({}), stale, {}))
+    assert (finding.id, finding.repairable) == ("requirements-unchecked", True)
+    assert list(converge(of({}), stale, {}, [finding])) == []  # its proof does it
+    assert unmet_of(stale) is None
+    lost = replace(seen, parcels=frozenset())
+    finding = only(drift(of({}), lost, {}))
+    assert finding.seen == "the pip that checks them is not there"
+    (upload,) = converge(of({}), lost, {}, [finding])
+    assert isinstance(upload, Upload) and Path(upload.destination).name.startswith("pip-")
+
+
+def test_two_records_of_which_neither_holds_are_the_archives_own_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group = "protobuf-3.dist-info and protobuf-4.dist-info"
+    describing(monkeypatch, unclear=(group,))
+    finding = only(drift(of({}), state(), {}))
+    assert (finding.id, finding.repairable) == ("archive-duplicate", False)
+    assert group in finding.seen
+    again = drift(target(tmp_path, protobuf="3.20.3"), state("protobuf-3.20.3.dist-info"), {})
+    assert again == []  # pinned: both go, and it is installed anew
+
+
+def test_the_check_judges_as_pip_does_in_a_real_environment(tmp_path: Path) -> None:
+    """Side by side with pip check, in a venv with a conflict, a lack and an extra that is not asked for."""
+    venv = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)
+    [site] = venv.glob("lib/python3*/site-packages")
+    for name, version, requires in (
+        ("one", "1.0", ["two>=3", "three", "four; extra == 'x'", "five; python_version < '3'", "two!=2.5"]),
+        ("two", "2.0+cpu", []),
+        ("lockstep_trainer", "1", ["never"]),
+    ):  # fmt: skip
+        folder = site / f"{name}-{version}.dist-info"
+        folder.mkdir()
+        lines = "".join(f"Requires-Dist: {each}\n" for each in requires)
+        (folder / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{lines}"
+        )
+    (venv / STAMP).write_text("{}\n")
+    pip = str(pip_wheel("3.11").source)
+    script = (Path(pins.__file__).parent / "prove.py").read_text()
+
+    def proved(*known: list[str]) -> list[str]:
+        arguments = ["-", str(venv), json.dumps(known), pip]
+        done = subprocess.run(
+            [venv / "bin" / "python", *arguments], input=script, capture_output=True, text=True
+        )
+        assert done.stderr == ""
+        return done.stdout.splitlines()
+
+    assert proved() == [
+        f"requirement-unmet\t{venv}: one 1.0 requires two>=3, and two 2.0+cpu is there",
+        f"requirement-unmet\t{venv}: one 1.0 requires three, and that is not there",
+    ]
+    assert proved(["one", "two"], ["one", "three"]) == []
+    told = subprocess.run(
+        [venv / "bin" / "python", f"{pip}/pip", "check"], capture_output=True, text=True
+    ).stdout.splitlines()
+    assert sorted(line for line in told if line.startswith("one")) == [
+        "one 1.0 has requirement two>=3, but you have two 2.0+cpu.",
+        "one 1.0 requires three, which is not installed.",
+    ]
+    folders = frozenset(path.name for path in site.glob("*.dist-info"))
+    seen = Site(str(site), folders, "{}", (venv / CHECKED).read_text().strip())
+    assert [str(each) for each in seen.unmet or ()] == [
+        "one 1.0 requires two>=3, and two 2.0+cpu is there",
+        "one 1.0 requires three, and that is not there",
+    ]

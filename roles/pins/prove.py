@@ -1,0 +1,133 @@
+"""Checks what ``pip check`` checks: whether what each distribution requires is there in the right version.
+
+Sent to the nodes as text and run by the environment's interpreter, from Python 3.8 on; the control
+machine computes the same from an archive's metadata. Prints one line ``ID<TAB>what is wrong`` for each
+requirement that is not met and not known, and leaves the stamp that the everyday look reads.
+
+    python prove.py PREFIX KNOWN PIP    KNOWN: JSON list of [distribution, what it requires], that may
+                                        stay unmet; PIP: pip's wheel, whose rules of versions hold
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import re
+import sys
+import sysconfig
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING or __name__ != "__main__":
+    from packaging.requirements import Requirement
+else:
+    sys.path.append(sys.argv[3])
+    from pip._vendor.packaging.requirements import Requirement
+
+STAMP = ".lockstep-environment.json"
+CHECKED = ".lockstep-requirements.json"
+OWN = "lockstep-trainer"
+
+
+class Installed(NamedTuple):
+    """A distribution: its version, and what it requires, as ``Requires-Dist`` spells it."""
+
+    version: str
+    requires: tuple[str, ...]
+
+
+class Unmet(NamedTuple):
+    """A requirement that is not met. have: the version that is there instead, or empty."""
+
+    distribution: str
+    version: str
+    requirement: str
+    required: str
+    have: str
+
+    def __str__(self) -> str:
+        seen = f"{self.required} {self.have} is there" if self.have else "that is not there"
+        return f"{self.distribution} {self.version} requires {self.requirement}, and {seen}"
+
+
+def normal(name: str) -> str:
+    """A distribution's name as the package index compares it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def unmet(
+    installed: Mapping[str, Installed], environment: Mapping[str, str] | None = None
+) -> list[Unmet]:
+    """The requirements that are not met, as ``pip check`` judges them: without any extras.
+
+    installed: by normal name. environment: values of markers (PEP 508) that are not those of this
+    interpreter. What cannot be read as a requirement is left out, as pip does.
+    """
+    found = []
+    markers = {**(environment or {}), "extra": ""}
+    for name, one in sorted(installed.items()):
+        for text in one.requires:
+            try:
+                requirement = Requirement(text)
+                if requirement.marker and not requirement.marker.evaluate(markers):
+                    continue
+            except ValueError:
+                continue
+            required = normal(requirement.name)
+            there = installed.get(required)
+            if there is None or not _meets(requirement, there.version):
+                plain = f"{requirement.name}{requirement.specifier}"
+                have = there.version if there else ""
+                found.append(Unmet(name, one.version, plain, required, have))
+    return found
+
+
+def _meets(requirement: Requirement, version: str) -> bool:
+    try:
+        return requirement.specifier.contains(version, prereleases=True)
+    except ValueError:
+        return False
+
+
+def key(stamp: str, folders: Iterable[str]) -> str:
+    """What a check stands on; one with another key is stale.
+
+    stamp: text of the environment's stamp. folders: names of the metadata folders in site-packages.
+    """
+    others = sorted(name for name in folders if not normal(name).startswith(OWN))
+    return hashlib.sha256(json.dumps([stamp.strip(), others]).encode()).hexdigest()
+
+
+def present(paths: list[str]) -> dict[str, Installed]:
+    """The distributions on these paths, the first of a name; without the trainer."""
+    found: dict[str, Installed] = {}
+    for dist in importlib.metadata.distributions(path=paths):
+        name = normal(dist.metadata["Name"] or "")
+        if name and name != OWN:
+            found.setdefault(name, Installed(dist.version, tuple(dist.requires or ())))
+    return found
+
+
+def check(prefix: Path, known: list[list[str]], paths: list[str]) -> list[Unmet]:
+    """Check, leave the stamp, and return what is not met and not known."""
+    found = unmet(present(paths))
+    site = Path(sysconfig.get_path("purelib")).iterdir()
+    folders = [path.name for path in site if path.suffix in (".dist-info", ".egg-info")]
+    stamp = {"key": key((prefix / STAMP).read_text(), folders), "unmet": found}
+    fresh = prefix / f"{CHECKED}.new"
+    fresh.write_text(json.dumps(stamp) + "\n")
+    fresh.replace(prefix / CHECKED)
+    return [one for one in found if [one.distribution, one.required] not in known]
+
+
+if __name__ == "__main__":
+    where = Path(sys.argv[1])
+    pairs = json.loads(sys.argv[2])
+    places = [path for path in sys.path if path not in ("", sys.argv[3])]
+    try:
+        for wrong in check(where, pairs, places):
+            print("requirement-unmet", f"{where}: {wrong}", sep="\t")
+    except OSError as error:
+        print("requirements-unchecked", f"{where}: {error}", sep="\t")
