@@ -74,8 +74,8 @@ _refused: dict[tuple[Path, int, int], str] = {}
 """Archives that cannot be used, by path, size and time: every role and node asks for them in a run."""
 
 
-def describe(path: Path) -> Archive:
-    """What is in the archive. Raises ArchiveProblem.
+def describe(path: Path, called: str = "") -> Archive:
+    """What is in the archive. Raises ArchiveProblem, about what it is ``called``, or else the path.
 
     A file that is gone but was read before is described from memory: nodes that already have its
     environment need no archive.
@@ -99,7 +99,7 @@ def describe(path: Path) -> Archive:
         if seen in _refused:
             raise ArchiveProblem(_refused[seen])
         try:
-            found = read(path)
+            found = read(path, called)
         except ArchiveProblem as problem:
             _refused[seen] = str(problem)
             raise
@@ -132,8 +132,8 @@ def _archive(record: dict[str, Any]) -> Archive:
     return Archive(**{**values, **lists, "needs": Needs(**values["needs"])})
 
 
-def read(path: Path) -> Archive:
-    """Read the archive from its first byte to its last. Raises ArchiveProblem."""
+def read(path: Path, called: str = "") -> Archive:
+    """Read the archive from its first byte to its last. Raises ArchiveProblem, as ``describe`` does."""
     found = Listing()
     try:
         if not path.is_file():
@@ -159,11 +159,11 @@ def read(path: Path) -> Archive:
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
             raise Refused("changed while it was read: wait until it is written, and run again")
     except Refused as refused:
-        raise ArchiveProblem(f"{path} {refused}") from None
+        raise ArchiveProblem(f"{called or path} {refused}") from None
     except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError) as error:
         kind = "is damaged or cut short" if found.entries else "is no tar archive of an environment"
         if isinstance(error, OSError):
             kind = "cannot be read"
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise ArchiveProblem(f"{path} {kind} ({reason})") from None
+        raise ArchiveProblem(f"{called or path} {kind} ({reason})") from None
     return Archive(sha256=digest.hexdigest(), size=before.st_size, ending=ending, **vars(listed))

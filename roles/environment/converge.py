@@ -15,11 +15,12 @@ from inventory.cluster import Cluster
 from roles.core.role import Finding, Peers, Target
 from roles.core.steps import Shell, Step, quote
 from roles.environment import parcel
-from roles.environment.archive import Archive, describe
+from roles.environment.archive import Archive
 from roles.environment.drift import Action, Pair, pairs, wanted_proof, wanted_stamp
 from roles.environment.parcel import deliver, place_of
 from roles.environment.probe import BIN_ON_PATH, EnvironmentState, parcel_of
 from roles.environment.prove import STAMP
+from roles.environment.sources import described
 from roles.environment.spec import Declared, Environments
 from roles.environment.tar import TOOLS
 
@@ -60,7 +61,7 @@ def converge(
         actions = {action for action, _ in found}
         if not actions - {Action.NONE}:
             continue
-        archive = describe(target.cluster.at_hand(one.spec.archive))
+        archive = described(target.cluster, one)
         if Action.UNPACK in actions:
             own = parcel_of(target.cluster, one, archive)
             seen = state.environments[one.name]
@@ -109,7 +110,7 @@ def beside(one: Declared, archive: Archive) -> str:
 def _kept(cluster: Cluster) -> list[str]:
     section = cluster.section("environments", Environments)
     known = section.each() if section else []
-    return [describe(cluster.at_hand(one.spec.archive)).file_name for one in known]
+    return [described(cluster, one).file_name for one in known]
 
 
 def prepare(one: Declared, archive: Archive) -> str:

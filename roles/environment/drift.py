@@ -10,9 +10,10 @@ from pathlib import PurePosixPath
 
 from roles.core.role import Finding, Peers, Target
 from roles.environment import mend, prove
-from roles.environment.archive import Archive, ArchiveProblem, describe
+from roles.environment.archive import Archive, ArchiveProblem
 from roles.environment.fit import misfit
 from roles.environment.probe import BIN_ON_PATH, EnvironmentState, Seen, stamp_values
+from roles.environment.sources import described
 from roles.environment.spec import Declared, Environments, normal_name, of_metadata
 
 
@@ -63,7 +64,7 @@ def pairs(target: Target[Environments], state: EnvironmentState, one: Declared) 
 def _pairs(target: Target[Environments], state: EnvironmentState, one: Declared) -> Iterator[Pair]:
     seen = state.environments.get(one.name, Seen())
     try:
-        archive = describe(target.cluster.at_hand(one.spec.archive))
+        archive = described(target.cluster, one)
     except ArchiveProblem as error:
         yield (
             Action.NONE,
@@ -71,7 +72,7 @@ def _pairs(target: Target[Environments], state: EnvironmentState, one: Declared)
                 "environment-archive",
                 f"an archive of environment {one.name} on the control machine",
                 str(error),
-                f"correct environments.{one.name}.archive",
+                f"correct environments.{one.name} in the cluster file, or what it names",
                 repairable=False,
             ),
         )

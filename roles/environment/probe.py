@@ -10,8 +10,8 @@ from typing import Any, Literal
 from inventory.cluster import Cluster
 from roles.core.role import Target, Unreadable, whole
 from roles.core.steps import quote
-from roles.environment import parcel
-from roles.environment.archive import Archive, ArchiveProblem, describe
+from roles.environment import parcel, sources
+from roles.environment.archive import Archive, ArchiveProblem
 from roles.environment.fit import PROBE, Offer, offer
 from roles.environment.parcel import Parcel
 from roles.environment.prove import PROOF, STAMP
@@ -82,15 +82,14 @@ def stamp_values(text: str) -> dict[str, Any]:
 def archive_of(cluster: Cluster, one: Declared) -> Archive | None:
     """What the declared archive holds, or None when it cannot be used (a finding says why)."""
     try:
-        return describe(cluster.at_hand(one.spec.archive))
+        return sources.described(cluster, one)
     except ArchiveProblem:
         return None
 
 
 def parcel_of(cluster: Cluster, one: Declared, archive: Archive) -> Parcel:
     """The archive on its way to the nodes."""
-    source = cluster.at_hand(one.spec.archive)
-    return Parcel(source, archive.sha256, f"archives/{archive.file_name}")
+    return Parcel(sources.archive_of(cluster, one), archive.sha256, f"archives/{archive.file_name}")
 
 
 STAMPS = f"""

@@ -24,6 +24,7 @@ SYSTEM_DIRECTORIES = re.compile(
 IMPORT = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 COMMAND = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]*")
 DISTRIBUTION = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
+PYTHON = re.compile(r"3\.[0-9]{1,2}")
 VERSION = re.compile(r"[0-9A-Za-z][0-9A-Za-z.+!_-]*")
 
 
@@ -85,19 +86,29 @@ DistributionName = Annotated[str, _matching(DISTRIBUTION, "name of a distributio
 class Environment(Strict):
     """One environment, the same on every node.
 
-    archive: tar of a venv or conda environment on the control machine (plain, gz, bz2, xz or zst).
+    One of these says what it is unpacked from, each a path on the control machine:
+    archive: tar of a venv or conda environment (plain, gz, bz2, xz or zst).
+    directory: such an environment itself; it is packed when its files change.
+    requirements: pip's list of exact versions with hashes; a venv is built of it, of ``wheels`` or from ``index``.
+    conda: an environment.yml, of which conda, mamba or micromamba builds an environment.
+
+    python: the version that ``requirements`` is for, major.minor.
     prefix: where it lives on the nodes; None means /opt/lockstep/envs/NAME.
     imports: modules that must import there.
     commands: programs of its ``bin`` that must run there.
     on_path: links to these commands in /usr/local/bin, so that a shell without activation finds them
         (never one called python or pip); None means yes for the only environment, no beside others.
     pins: distribution name to the exact version that replaces the archive's own.
-    wheels: directory on the control machine with the wheels of the pins.
-    index: address of the package index for pins without such a directory.
+    wheels: directory on the control machine with the wheels of the pins and of ``requirements``.
+    index: address of the package index where there is no such directory.
     unmet: distribution to what it requires that need not be there in the right version.
     """
 
-    archive: ControlPath
+    archive: ControlPath | None = None
+    directory: ControlPath | None = None
+    requirements: ControlPath | None = None
+    conda: ControlPath | None = None
+    python: Annotated[Version, _matching(PYTHON, "version of Python such as '3.11'")] | None = None
     prefix: Annotated[AbsolutePath, AfterValidator(_prefix)] | None = None
     imports: list[Annotated[str, _matching(IMPORT, "module name")]] = [
         "torch",
@@ -113,6 +124,22 @@ class Environment(Strict):
     wheels: ControlPath | None = None
     index: Annotated[str, AfterValidator(_index)] | None = None
     unmet: dict[DistributionName, list[DistributionName]] = {}
+
+    @property
+    def source(self) -> Path:
+        """What the environment is unpacked from, packed or built of."""
+        return next(path for path in self._sources() if path is not None)
+
+    def _sources(self) -> list[Path | None]:
+        return [self.archive, self.directory, self.requirements, self.conda]
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Environment:
+        if sum(path is not None for path in self._sources()) != 1:
+            raise ValueError("give one of 'archive', 'directory', 'requirements' and 'conda'")
+        if (self.python is None) != (self.requirements is None):
+            raise ValueError("'requirements' and 'python' go together: write python: \"3.11\"")
+        return self
 
     @model_validator(mode="after")
     def _pins_can_be_met(self) -> Environment:

@@ -30,7 +30,9 @@ OLD = ArchivesState({"llm": "00"}, frozenset())
 
 @pytest.fixture(autouse=True)
 def known_archive(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["roles.environment.probe"], "describe", lambda path: ARCHIVE)
+    monkeypatch.setattr(
+        sys.modules["roles.environment.sources"], "describe", lambda path, called: ARCHIVE
+    )
 
 
 def target(name: str = "node1", shared: bool = True) -> Target[Environments]:
@@ -58,7 +60,9 @@ def test_an_archive_that_runs_on_no_node_that_lacks_it_is_not_published(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fitting = replace(ARCHIVE, needs=Needs("x86_64", "2.34", "x.so"))
-    monkeypatch.setattr(sys.modules["roles.environment.probe"], "describe", lambda path: fitting)
+    monkeypatch.setattr(
+        sys.modules["roles.environment.sources"], "describe", lambda path, called: fitting
+    )
     old, new = (ArchivesState({}, frozenset(), Offer("x86_64", v)) for v in ("2.28", "2.36"))
     assert drift(target(), old, {"node2": old}) == []
     (finding,) = drift(target(), old, {"node2": old, "node3": new})
@@ -77,10 +81,10 @@ def test_the_other_nodes_and_clusters_without_shared_storage_publish_nothing() -
 def test_an_unusable_archive_is_left_to_the_environment_role(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def describe(path: Path) -> Archive:
+    def describe(path: Path, called: str) -> Archive:
         raise ArchiveProblem("no")
 
-    monkeypatch.setattr(sys.modules["roles.environment.probe"], "describe", describe)
+    monkeypatch.setattr(sys.modules["roles.environment.sources"], "describe", describe)
     assert drift(target(), LACK, {}) == []
     assert "parcel" not in probe(target())
 

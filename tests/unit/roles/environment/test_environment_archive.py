@@ -139,7 +139,7 @@ def test_an_archive_is_read_once_and_again_only_when_it_changed(
     path = pack(tmp_path / "a.tar", VENV)
     first = describe(path)
     with monkeypatch.context() as patch:
-        patch.setattr(archive, "read", lambda path: pytest.fail("it was read again"))
+        patch.setattr(archive, "read", lambda path, called: pytest.fail("it was read again"))
         assert describe(path) == first
     pack(path, below("llm", CONDA))
     assert describe(path).root == "llm"
@@ -169,7 +169,7 @@ def test_a_damaged_archive_is_read_once_a_run_until_it_changes(
     damaged.write_bytes(b"no tar at all")
     reads: list[Path] = []
 
-    def counted(path: Path) -> archive.Archive:
+    def counted(path: Path, called: str) -> archive.Archive:
         reads.append(path)
         return read(path)
 

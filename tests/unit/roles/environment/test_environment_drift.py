@@ -62,13 +62,12 @@ def known_archive(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def describing(monkeypatch: pytest.MonkeyPatch, found: Archive | ArchiveProblem) -> None:
-    def describe(path: Path) -> Archive:
+    def describe(path: Path, called: str) -> Archive:
         if isinstance(found, ArchiveProblem):
             raise found
         return found
 
-    for name in ("drift", "probe", "converge"):
-        monkeypatch.setattr(sys.modules[f"roles.environment.{name}"], "describe", describe)
+    monkeypatch.setattr(sys.modules["roles.environment.sources"], "describe", describe)
 
 
 def right() -> Seen:
@@ -360,7 +359,7 @@ def test_an_unusable_archive_is_one_sentence_and_changes_nothing(
     )
     (finding,) = findings(right())
     assert (finding.id, finding.repairable) == ("environment-archive", False)
-    assert "environments.llm.archive" in finding.fix
+    assert "environments.llm" in finding.fix
     assert steps(right()) == []
     probe(target())
 

@@ -39,7 +39,12 @@ def test_python_and_pip_are_never_linked_over_the_systems() -> None:
 @pytest.mark.parametrize(
     ("entry", "sentence"),
     [
-        ({}, "archive"),
+        ({}, "give one of 'archive', 'directory', 'requirements' and 'conda'"),
+        ({"archive": "a", "directory": "b"}, "give one of"),
+        ({"archive": "a", "python": "3.11"}, "go together"),
+        ({"requirements": "a.txt"}, "go together"),
+        ({"requirements": "a.txt", "python": 3.1}, "must be quoted"),
+        ({"requirements": "a.txt", "python": "3.11.2"}, "no version of Python"),
         ({"archive": "a", "prefix": "/opt"}, "directory of its own"),
         ({"archive": "a", "prefix": "/usr/local/env"}, "directory of its own"),
         ({"archive": "a", "prefix": "/home/liu"}, "directory of its own"),

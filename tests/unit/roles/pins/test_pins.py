@@ -37,7 +37,9 @@ def known_archive(monkeypatch: pytest.MonkeyPatch) -> None:
 def describing(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
     archive = Archive("ab" * 32, 1, 1, "tar", "", "3.11", "bin/python3", None)
     monkeypatch.setattr(
-        sys.modules["roles.environment.probe"], "describe", lambda path: replace(archive, **changes)
+        sys.modules["roles.environment.sources"],
+        "describe",
+        lambda path, called: replace(archive, **changes),
     )
 
 

@@ -1,0 +1,318 @@
+"""Where an environment's archive comes from: it is declared, or made here from a directory or a list of packages.
+
+What is made lies in the state directory, named by what it was made from, and is made again only when that changes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import stat
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from gevent.lock import RLock
+from virtualenv.seed.wheels.embed import get_embed_wheel
+
+from inventory.cluster import Cluster
+from inventory.errors import InventoryProblem
+from inventory.settings import load_settings, state_directory
+from roles.environment.archive import Archive, ArchiveProblem, describe
+from roles.environment.spec import Declared
+
+RECIPE = 1
+"""Counts changes of this module that change what is made."""
+
+CACHES = {"__pycache__", ".cache", ".git"}
+"""Folders of a directory that are left out: they change whenever it is used."""
+
+SCRATCH, MADE = "making-", "made"
+"""Beginning of a folder's name in which something is made, and the archive's name in it."""
+
+CALLERS_OWN = re.compile(r"PYTHON|VIRTUAL_ENV|PIP_(TARGET|PREFIX|ROOT|USER|REQUIRE)")
+"""Variables that would lead an installation elsewhere; where packages come from is pip's configuration to say."""
+
+CONDA_TOOLS = ("micromamba", "mamba", "conda")
+
+_lock = RLock()
+_answers: dict[tuple[Path, Path], Path | ArchiveProblem] = {}
+"""What was found once in a run of a source and its place here: every role and node asks."""
+
+
+def described(cluster: Cluster, one: Declared) -> Archive:
+    """What the environment's archive holds. Raises ArchiveProblem."""
+    return describe(archive_of(cluster, one), str(cluster.at_hand(one.spec.source)))
+
+
+def archive_of(cluster: Cluster, one: Declared) -> Path:
+    """The environment's archive on this machine; made now where it must be. Raises ArchiveProblem."""
+    source = cluster.at_hand(one.spec.source)
+    if one.spec.archive is not None:
+        return source
+    folder = state_directory() / "environments" / cluster.name / one.name
+    with _lock:
+        if (source, folder) not in _answers:
+            try:
+                _answers[source, folder] = _from(source, cluster, one, folder)
+            except ArchiveProblem as problem:
+                _answers[source, folder] = problem
+        answer = _answers[source, folder]
+    if isinstance(answer, ArchiveProblem):
+        raise answer
+    return answer
+
+
+def _from(source: Path, cluster: Cluster, one: Declared, folder: Path) -> Path:
+    if one.spec.directory is not None:
+        return _of_directory(source, folder)
+    if one.spec.requirements is not None:
+        return _of_requirements(cluster, one, source, folder)
+    return _of_conda(source, folder)
+
+
+# ---- a directory ----------------------------------------------------------------------------------
+
+
+def _of_directory(directory: Path, folder: Path) -> Path:
+    if not directory.is_dir():
+        raise ArchiveProblem(f"there is no directory {directory} on this machine")
+
+    def make(scratch: Path) -> None:
+        pack(directory, scratch / MADE, CACHES)
+        if _content(directory) != before:
+            raise ArchiveProblem(f"{directory} changed while it was packed: run again")
+
+    before = _content(directory)
+    return _made(folder, before, f"packing {directory}", make)
+
+
+def _content(directory: Path) -> str:
+    """A directory's state by its files' names, kinds, sizes and times, without reading them."""
+    digest = hashlib.sha256()
+    for path in entries(directory, CACHES):
+        status = path.lstat()
+        parts: list[object] = [str(path.relative_to(directory)), stat.filemode(status.st_mode)]
+        if path.is_symlink():
+            parts.append(str(path.readlink()))
+        elif not path.is_dir():
+            parts += [status.st_size, status.st_mtime_ns]
+        digest.update(json.dumps(parts).encode())
+    return digest.hexdigest()
+
+
+def entries(directory: Path, left_out: Collection[str]) -> Iterator[Path]:
+    """All below a directory, folders before their content, in an order that is always the same.
+
+    Raises ArchiveProblem for what cannot be read.
+    """
+
+    def failed(error: OSError) -> None:
+        raise ArchiveProblem(f"{error.filename} cannot be read: {error.strerror}")
+
+    for name, folders, files in os.walk(directory, onerror=failed):
+        folders[:] = sorted(one for one in folders if one not in left_out)
+        for one in sorted([*folders, *files]):
+            if not one.startswith(".lockstep-"):
+                yield Path(name, one)
+
+
+def pack(directory: Path, archive: Path, left_out: Collection[str] = ()) -> None:
+    """A tar of what is in the directory: the same bytes for the same content, owned by root.
+
+    Raises ArchiveProblem where a file cannot be read or the disk is full.
+    """
+
+    def owned(member: tarfile.TarInfo) -> tarfile.TarInfo:
+        member.uid = member.gid = 0
+        member.uname = member.gname = "root"
+        member.mtime = 0 if member.isdir() else int(member.mtime)
+        return member
+
+    try:
+        with _compressed(archive) as stream, tarfile.open(fileobj=stream, mode="w|") as tar:
+            for path in entries(directory, left_out):
+                tar.add(path, str(path.relative_to(directory)), recursive=False, filter=owned)
+                tar.members = []  # type: ignore[attr-defined] # it would keep them all
+    except OSError as error:
+        where = error.filename or archive
+        raise ArchiveProblem(
+            f"{directory} cannot be packed: {where}: {error.strerror or error}"
+        ) from None
+
+
+@contextmanager
+def _compressed(archive: Path) -> Iterator[IO[bytes]]:
+    """Where to write a tar; compressed by zstd, or where it is missing by gzip, which every system has."""
+    command = ["zstd", "-1", "-T0", "-q"] if shutil.which("zstd") else ["gzip", "-1", "-n"]
+    with (
+        archive.open("wb") as file,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=file) as process,
+    ):
+        assert process.stdin is not None
+        try:
+            yield process.stdin
+        except BaseException:
+            process.kill()
+            raise
+        process.stdin.close()
+    if process.returncode:
+        raise OSError(0, f"{command[0]} ended with status {process.returncode}", str(archive))
+
+
+# ---- packages -------------------------------------------------------------------------------------
+
+
+def _of_requirements(cluster: Cluster, one: Declared, file: Path, folder: Path) -> Path:
+    """A venv of this machine's Python, with exactly the listed wheels; their hashes decide."""
+    spec = one.spec
+    text = _text(file)
+    assert spec.python is not None
+    python = _interpreter(spec.python, file)
+    if spec.wheels is not None:
+        wheels = cluster.at_hand(spec.wheels)
+        if not wheels.is_dir():
+            raise ArchiveProblem(f"there is no directory of wheels {wheels} on this machine")
+        origin = ["--no-index", "--find-links", str(wheels)]
+    else:
+        origin = _indexes(spec.index)
+
+    def make(scratch: Path) -> None:
+        venv, pip = scratch / "venv", get_embed_wheel("pip", spec.python or "")
+        if pip is None:
+            raise ArchiveProblem(
+                f"{file}: there is no pip for Python {spec.python} on this machine: update virtualenv"
+            )
+        _run([python, "-I", "-m", "venv", "--without-pip", str(venv)], file)
+        _run(
+            [str(venv / "bin/python"), "-I", f"{pip.path}/pip", "install", "--no-input"]
+            + ["--disable-pip-version-check", "--no-cache-dir"]
+            + ["--require-hashes", "-r", str(file), *origin],
+            file,
+        )
+        pack(venv, scratch / MADE)
+
+    inputs = [RECIPE, text, spec.python, python, platform.machine()]
+    return _made(folder, _key(inputs), f"building Python {spec.python} with {file}", make)
+
+
+def _indexes(own: str | None) -> list[str]:
+    """pip's options for where packages come from: the declared index, or that of the settings and torch's."""
+    if own is not None:
+        return ["--index-url", own]
+    try:
+        settings = load_settings()
+    except InventoryProblem as problem:
+        raise ArchiveProblem(str(problem)) from None
+    index = ["--index-url", settings.index] if settings.index else []
+    torch = ["--extra-index-url", settings.torch_index] if settings.torch_index else []
+    return [*index, *torch]
+
+
+def _interpreter(version: str, file: Path) -> str:
+    """The system's own Python of that version, which nodes are likely to have at the same place."""
+    for candidate in (f"/usr/bin/python{version}", shutil.which(f"python{version}")):
+        if candidate and os.access(candidate, os.X_OK):
+            return candidate
+    raise ArchiveProblem(
+        f"{file} is to be built for Python {version}, which this machine lacks: install python{version}, "
+        "or pack the environment where it is"
+    )
+
+
+def _of_conda(file: Path, folder: Path) -> Path:
+    """A conda environment of an environment.yml, by whichever of conda's tools is here."""
+    text = _text(file)
+    tool = next((one for one in CONDA_TOOLS if shutil.which(one)), None)
+
+    def make(scratch: Path) -> None:
+        if tool is None:
+            raise ArchiveProblem(
+                f"{file} needs {', '.join(CONDA_TOOLS[:-1])} or {CONDA_TOOLS[-1]} on this machine, and there is "
+                "none: install one, or pack the environment where it is"
+            )
+        prefix = scratch / "env"
+        verb = ["create"] if tool == "micromamba" else ["env", "create"]
+        _run([tool, *verb, "--yes", "--prefix", str(prefix), "--file", str(file)], file)
+        pack(prefix, scratch / MADE)
+
+    return _made(folder, _key([RECIPE, text, platform.machine()]), f"building {file}", make)
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text()
+    except OSError as error:
+        raise ArchiveProblem(f"{file} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ArchiveProblem(f"{file} is no text: give a list of packages") from None
+
+
+def _run(command: Sequence[str], file: Path) -> None:
+    """Run a builder's program without what the caller has set for his own. Raises ArchiveProblem."""
+    kept = {name: text for name, text in os.environ.items() if not CALLERS_OWN.match(name)}
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env=kept,
+            check=False,
+        )
+    except OSError as error:
+        raise ArchiveProblem(f"{file}: {command[0]} cannot be run: {error.strerror}") from None
+    if done.returncode:
+        lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+        wrong = [line for line in lines if line.startswith("ERROR")] or lines or ["it said nothing"]
+        raise ArchiveProblem(f"{file} cannot be built: {wrong[0][:300]}")
+
+
+# ---- what is made ---------------------------------------------------------------------------------
+
+
+def _key(inputs: Sequence[object]) -> str:
+    return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
+
+
+def _made(folder: Path, key: str, what: str, make: Callable[[Path], None]) -> Path:
+    """The archive of that key in the folder; where it is missing it is made, and replaces earlier ones."""
+    archive = folder / f"{key[:32]}.tar"
+    if archive.is_file():
+        return archive
+    print(f"lockstep: {what}", file=sys.stderr)
+    try:
+        with _alone(folder):
+            if not archive.is_file():  # another run may have made it meanwhile
+                with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=folder) as scratch:
+                    make(Path(scratch))
+                    Path(scratch, MADE).replace(archive)
+            for other in folder.glob("*.tar"):
+                if other != archive:
+                    other.unlink()
+    except OSError as error:
+        raise ArchiveProblem(f"{folder} cannot be written: {error.strerror or error}") from None
+    return archive
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """While no other run makes something in the folder; what a killed one left there goes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for left in folder.glob(f"{SCRATCH}*"):
+            shutil.rmtree(left)
+        yield
