@@ -19,22 +19,27 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument(
         "--json", action="store_true", help="print the report as JSON on standard output"
     )
+    parser.add_argument(
+        "--deep",
+        action="store_true",
+        help="read every file of the environments again, which may take minutes",
+    )
     parser.set_defaults(handler=_handle)
 
 
 def _handle(arguments: argparse.Namespace) -> int:
-    found = verify()
+    found = verify(arguments.deep)
     print(json.dumps(found.as_json(), indent=2) if arguments.json else table(found))
     return EXIT_CODES[found.verdict]
 
 
-def verify() -> Report:
-    """Look at every node of the declared cluster, all at the same time."""
+def verify(deep: bool = False) -> Report:
+    """Look at every node of the declared cluster, all at the same time; deep: with the deep proofs."""
     from deploy.reach import reach
     from roles.registry import declared
 
     with reach(declared()) as reached:
-        return report(reached.run.looks, reached.nodes, reached.each)
+        return report(reached.run.looks, reached.nodes, reached.each, deep)
 
 
 def table(report: Report) -> str:

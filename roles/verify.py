@@ -13,7 +13,7 @@ from typing import Any, Literal
 from inventory.cluster import Cluster
 from roles.core import session
 from roles.core.look import AnyRole, Looks, target_of
-from roles.core.role import PROOF_SECONDS, Fact, Rule, Unreadable, required
+from roles.core.role import DEEP_SECONDS, PROOF_SECONDS, Fact, Rule, Unreadable, required
 
 Verdict = Literal["ok", "drift", "unreadable"]
 EXIT_CODES: Mapping[Verdict, int] = {"ok": 0, "drift": 1, "unreadable": 2}
@@ -95,9 +95,12 @@ Each = Callable[[Callable[[Any], Check]], Mapping[str, Check]]
 """Does something on every node, at the same time; the results by node name."""
 
 
-def report(looks: Looks, nodes: Sequence[Any], each: Each) -> Report:
-    """Look at all nodes, run the proofs, and keep of what is wrong the causes alone."""
-    checks = each(lambda node: check_node(looks, node))
+def report(looks: Looks, nodes: Sequence[Any], each: Each, deep: bool = False) -> Report:
+    """Look at all nodes, run the proofs, and keep of what is wrong the causes alone.
+
+    deep: run the deep proofs too.
+    """
+    checks = each(lambda node: check_node(looks, node, deep))
     proved = each(lambda node: _prove_together(looks, node, checks))
     wrong = {name: {**check, **proved[name]} for name, check in checks.items()}
     findings: list[Wrong] = []
@@ -118,7 +121,7 @@ def report(looks: Looks, nodes: Sequence[Any], each: Each) -> Report:
     return Report(names, findings, waiting, compare(looks, nodes))
 
 
-def check_node(looks: Looks, node: Any) -> Check:
+def check_node(looks: Looks, node: Any, deep: bool = False) -> Check:
     """Everything that is wrong on one node, with the proofs that it can give alone."""
     name = node.name
     try:
@@ -137,8 +140,11 @@ def check_node(looks: Looks, node: Any) -> Check:
             ]
         except Unreadable as error:
             found = [_unreadable(name, role.name, str(error))]
-        if role.proof and not role.crossing and not found and _provable(looks, role, wrong):
-            found = _proofs(role, node, role.proof(target))
+        if _provable(looks, role, wrong):
+            if role.proof and not role.crossing and not found:
+                found = _proofs(looks, role, node, role.proof(target), PROOF_SECONDS)
+            if role.deep and deep and not found:
+                found = _proofs(looks, role, node, role.deep(target), DEEP_SECONDS)
         if found:
             wrong[role.name] = found
     return wrong
@@ -158,7 +164,7 @@ def _prove_together(looks: Looks, node: Any, checks: Mapping[str, Check]) -> Che
         if node.name not in right or looks.cluster.head.name not in right:
             continue
         target = target_of(role, replace(looks.cluster, nodes=right), node.name)
-        if target and (found := _proofs(role, node, role.proof(target))):
+        if target and (found := _proofs(looks, role, node, role.proof(target), PROOF_SECONDS)):
             wrong[role.name] = found
     return wrong
 
@@ -173,12 +179,16 @@ def _causes(looks: Looks, role: AnyRole, names: Iterable[str], check: Check) -> 
     return [name for name in required([*gates, *names], looks.roles) if name in check]
 
 
-def _proofs(role: AnyRole, node: Any, script: str) -> list[Wrong]:
+def _proofs(looks: Looks, role: AnyRole, node: Any, script: str, seconds: int) -> list[Wrong]:
     try:
-        lines = session.run(node, script, PROOF_SECONDS).stdout.splitlines()
+        lines = session.run(node, script, seconds).stdout.splitlines()
     except session.NodeFailed as error:
         return [_unreadable(node.name, role.name, f"its proof could not run: {error}")]
     pairs = [line.partition("\t") for line in lines if line.strip()]
+    if pairs:
+        looks.forget(
+            node
+        )  # a failed proof takes back what it had noted, and that is no fact any more
     fix = "run pyinfra inventory.py deploy/cluster.py, then verify again"
     return [Wrong(node.name, role.name, key, "proved", sentence, fix) for key, _, sentence in pairs]
 

@@ -21,6 +21,8 @@ T = TypeVar("T")
 
 PROOF_SECONDS = 300
 """Time limit of a role's proof."""
+DEEP_SECONDS = 3600
+"""Time limit of a role's deep proof, which may read all of a slow disk."""
 
 
 class Unreadable(Exception):
@@ -135,6 +137,8 @@ class Role(Generic[S, T]):
     each of them takes part in this run and is right in every other role. Its steps may ``Meet``.
     proof(target): slow or crossing proof, shell; run by ``verify`` and after a change; leaves the
     stamp that the probe reads. Prints one line "ID<TAB>what is wrong" for each failed proof.
+    deep(target): shell that answers as a proof does, and is too slow for every ``verify``: it runs after
+    the proof where it is asked for.
     crossing: the proof needs the other nodes to be right too, so a node's own change does not run it;
     its target names the nodes that are.
     proof_needs: roles, beside ``needs``, without which the proof would only repeat their findings.
@@ -159,6 +163,7 @@ class Role(Generic[S, T]):
     together: Callable[[Cluster], Sequence[str]] | None = None
     seconds: int = 10
     proof: Callable[[Target[S]], str] | None = None
+    deep: Callable[[Target[S]], str] | None = None
     crossing: bool = False
     proof_needs: Sequence[str] = ()
     busy: Callable[[T], str | None] | None = None

@@ -1,7 +1,7 @@
 """environment: the declared Python environments, whole, at their prefixes, proved to import and start."""
 
 from roles.core.role import Fact, Role
-from roles.environment.converge import converge, proof
+from roles.environment.converge import converge, deep, proof
 from roles.environment.drift import drift
 from roles.environment.probe import EnvironmentState, parse, probe
 from roles.environment.spec import Environments
@@ -29,6 +29,7 @@ role: Role[Environments, EnvironmentState] = Role(
     drift=drift,
     converge=converge,
     proof=proof,
+    deep=deep,
     needs=("packages", "storage"),
     facts=[
         _fact("Python of the environment", "python"),

@@ -21,7 +21,7 @@ from roles.environment.parcel import deliver, place_of
 from roles.environment.probe import BIN_ON_PATH, EnvironmentState, parcel_of
 from roles.environment.prove import STAMP
 from roles.environment.sources import described
-from roles.environment.spec import Declared, Environments
+from roles.environment.spec import Declared, Environments, unit_variables
 from roles.environment.tar import TOOLS
 
 UNPACK_SECONDS = 1800
@@ -250,17 +250,35 @@ def link(one: Declared) -> str:
 
 
 def proof(target: Target[Environments], stale_only: bool = False) -> str:
-    """Shell that proves every environment as a login without activation finds it.
+    """Shell that proves every environment, for a login without activation and for a job.
 
     stale_only: where a valid proof lies, nothing is run.
     """
-    mode = " stale" if stale_only else ""
-    calls = "".join(
-        f"prove {quote(one.prefix)} {quote(json.dumps(wanted_proof(one)))}{mode}\n"
-        for one in target.spec.each()
-    )
+    return _prove(target, "stale" if stale_only else "")
+
+
+def deep(target: Target[Environments]) -> str:
+    """Shell that reads every file of the environments again, out of the way of a job that runs."""
+    return _prove(target, "files", "nice -n 19 ")
+
+
+def _prove(target: Target[Environments], mode: str, before: str = "") -> str:
+    calls = []
+    for one in target.spec.each():
+        wanted = {**wanted_proof(one), "unit": unit_variables(one.prefix, target.node.gpus)}
+        calls.append(f"prove {quote(one.prefix)} {quote(json.dumps(wanted))} {mode}\n")
     return (
-        "cd /\nprove() {\n"
+        f"({arriving('manifest.py', 'imports.py', 'prove.py')}prove() {{\n"
         'if ! [ -x "$1/bin/python" ]; then printf \'environment-missing\\tno %s/bin/python\\n\' "$1"; return 0; fi\n'
-        f'{LOGIN} "$1/bin/python" - "$@" {here_script("prove.py")}}}\n{calls}'
+        f'{before}{LOGIN} "$1/bin/python" -m roles.environment.prove "$@"\n}}\n{"".join(calls)})\n'
+    )
+
+
+def arriving(*names: str) -> str:
+    """Shell that goes into a folder with these modules of ours; it is removed when the shell ends."""
+    files = "".join(f'cat >"$T/roles/environment/{name}" {here_script(name)}' for name in names)
+    return (
+        'T=$(mktemp -d) || exit 1\ntrap \'cd /; rm -rf "$T"\' EXIT\ncd "$T" || exit 1\n'
+        "mkdir -p roles/environment\n: >roles/__init__.py\n: >roles/environment/__init__.py\n"
+        f"{files}"
     )

@@ -191,13 +191,17 @@ def _tree(one: Declared, seen: Seen, archive: Archive) -> Iterator[Pair]:
         yield Action.MEND, different("environment-moved", was, "its paths are mended again")
     strange = sorted(_strange(one, seen))
     if strange:
+        # Mending tells no more what the first line was before somebody wrote another.
+        action, fix = Action.UNPACK, "the archive is unpacked and put in place"
+        if stamp != want:
+            action, fix = Action.MEND, "their first lines are mended"
         yield (
-            Action.MEND,
+            action,
             Finding(
                 "env-moved-shebang",
                 f"commands of {one.name} run by {one.prefix}/bin/python",
                 ", ".join(strange),
-                "their first lines are mended",
+                fix,
                 disturbs=True,
             ),
         )

@@ -76,6 +76,20 @@ def _index(text: str) -> str:
     return text
 
 
+def unit_variables(prefix: str, gpus: int) -> dict[str, str]:
+    """What a job's unit has of its environment and of its node, whatever the job.
+
+    gpus: of the node; DeepSpeed would look for some where there are none.
+    """
+    variables = {
+        "PATH": f"{prefix}/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+        "HOME": "/root",
+        "LANG": "C.UTF-8",
+        "PYTHONUNBUFFERED": "1",
+    }
+    return variables if gpus else {**variables, "DS_ACCELERATOR": "cpu"}
+
+
 ControlPath = Annotated[Path, BeforeValidator(_path)]
 """A path on the control machine; a relative one counts from the cluster file's folder."""
 

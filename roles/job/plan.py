@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from roles.environment.spec import unit_variables
 from roles.fabric import adapters
 from roles.network import interfaces
 
@@ -139,10 +140,7 @@ def compose(
     """
     attempt = attempt_directory(run, plan.attempt)
     environment = {
-        "PATH": f"{prefix}/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-        "HOME": "/root",
-        "LANG": "C.UTF-8",
-        "PYTHONUNBUFFERED": "1",
+        **unit_variables(prefix, here.gpus),
         "MASTER_ADDR": plan.master_address,
         "MASTER_PORT": str(plan.master_port),
         # Per node: the interface that carries the cluster address may have another name elsewhere.
@@ -159,8 +157,6 @@ def compose(
         "LOCKSTEP_ATTEMPT": str(plan.attempt),
         "LOCKSTEP_ATTEMPT_DIR": attempt,
     }
-    if here.gpus == 0:
-        environment["DS_ACCELERATOR"] = "cpu"
     if ":" in plan.master_address:
         environment["NCCL_SOCKET_FAMILY"] = "AF_INET6"
     command = [

@@ -408,11 +408,11 @@ def test_a_file_reaches_the_control_machine_as_a_node_of_a_user_with_sudo(
     assert "chown 1234 " in Recorded.ran["node1"][0]
 
 
-def report_of(lab: Lab, *roles: Role[Any, Any]) -> Report:
+def report_of(lab: Lab, *roles: Role[Any, Any], deep: bool = False) -> Report:
     state = lab.state(roles)
     nodes = list(state.inventory)
     return report(
-        Run.of(state).looks, nodes, lambda what: {node.name: what(node) for node in nodes}
+        Run.of(state).looks, nodes, lambda what: {node.name: what(node) for node in nodes}, deep
     )
 
 
@@ -459,6 +459,21 @@ def test_verify_names_the_cause_and_lists_what_waits_for_it(lab: Lab) -> None:
     ]
     assert not lab.has("node1", "proved") and lab.has("node2", "proved")
     assert found.as_json()["waiting"][0] == {"node": "node1", "role": "b", "for": ["a"]}
+
+
+def test_a_deep_proof_runs_where_it_is_asked_for_and_nothing_else_is_wrong(lab: Lab) -> None:
+    for node in NAMES:
+        (lab.folder / node / "a").touch()
+    deep = touched(lab, "deep")
+    a = toy(lab, "a", proof=lambda target: f"test {target.node.name} = node1 || printf 'x\\tno\\n'")
+    assert seen(report_of(lab, replace(a, deep=deep))) == [("node2", "a", "x")]
+    assert not lab.has("node1", "deep")
+    assert seen(report_of(lab, replace(a, deep=deep), deep=True)) == [("node2", "a", "x")]
+    assert lab.has("node1", "deep") and not lab.has("node2", "deep")
+    alone = replace(a, proof=None, deep=lambda target: r"printf 'a-spoilt\tby itself\n'")
+    found = report_of(lab, alone, toy(lab, "b", needs=("a",)), deep=True)
+    assert seen(found) == [("node1", "a", "a-spoilt"), ("node2", "a", "a-spoilt")]
+    assert waiting(found) == [("node1", "b", ["a"]), ("node2", "b", ["a"])]
 
 
 def test_a_dry_run_waits_for_the_same_roles_as_verify(lab: Lab) -> None:

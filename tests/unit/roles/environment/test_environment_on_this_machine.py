@@ -23,6 +23,7 @@ from inventory.cluster import Cluster, Node
 from roles import environment, pins, trainer
 from roles.core.role import Finding, Role, Target
 from roles.core.steps import Shell, Upload
+from roles.environment import manifest
 from roles.environment.spec import Environments
 from roles.trainer.spec import TrainerSpec
 
@@ -108,6 +109,8 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (site / "greeting-1.0.dist-info/METADATA").write_text(
         "Metadata-Version: 2.1\nName: greeting\nVersion: 1.0\n"
     )
+    record = "greeting.py,,\ngreeting-1.0.dist-info/RECORD,,\n"
+    (site / "greeting-1.0.dist-info/RECORD").write_text(record)
     script = folder / "llm/bin/greet"
     script.write_text(f"#!{OLD}/bin/python\nimport greeting, sys\nprint(sys.prefix)\n")
     script.chmod(0o755)
@@ -148,9 +151,7 @@ def test_a_bare_machine_gets_the_environment_mended_stamped_and_proved(machine: 
     assert shell(str(machine.prefix / "bin/greet")) == str(machine.prefix)
     assert OLD not in (machine.prefix / "bin/activate").read_text()
     assert [path.name for path in machine.prefix.parent.iterdir()] == ["llm"]
-    role = environment.role
-    state = role.parse(shell(role.probe(machine.target(role))))
-    facts = {fact.name: fact.read(state) for fact in role.facts}
+    facts = facts_of(machine)
     assert facts["Python of the environment"] == ".".join(map(str, sys.version_info[:3]))
     assert facts["torch"] is None and facts["environment hash"]
 
@@ -172,9 +173,7 @@ def test_what_an_earlier_run_finished_after_the_look_is_not_unpacked_again(
 
 def test_two_unpackings_have_the_same_hash_and_a_pin_changes_it(right: Machine) -> None:
     def read() -> str | None:
-        role = environment.role
-        state = role.parse(shell(role.probe(right.target(role))))
-        return role.facts[-1].read(state)
+        return facts_of(right)["environment hash"]
 
     first = read()
     shutil.rmtree(right.prefix)
@@ -244,18 +243,120 @@ def test_each_damage_is_named_and_mended(right: Machine, damage: Damage, id: str
     assert shell(str(right.prefix / "bin/greet")) in (str(right.prefix), "")
 
 
-def test_damage_that_only_the_proof_sees_is_mended_by_the_next_convergence(right: Machine) -> None:
-    (right.site / "greeting.py").unlink()
-    assert right.ids() == []
-    proof = environment.role.proof
-    assert proof is not None
-    wrong = shell(proof(right.target(environment.role)))
-    assert {line.split("\t")[0] for line in wrong.splitlines()} == {
+def prove(machine: Machine, deep: bool = False) -> str:
+    role = environment.role
+    script = role.deep if deep else role.proof
+    assert script is not None
+    return shell(script(machine.target(role)))
+
+
+def alter(file: Path, old: str = "hello", new: str = "HELLO") -> None:
+    """Other content of the same size, in the same file, with the same times."""
+    status = file.stat()
+    file.write_text(file.read_text().replace(old, new))
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def alter_two(machine: Machine) -> None:
+    for name in ("activate", "greet"):
+        alter(machine.prefix / "bin" / name, "bin", "nib")
+
+
+def relink(link: Path) -> None:
+    leads = link.readlink()
+    link.unlink()
+    link.symlink_to(f"./{leads}")
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda m: alter(m.site / "greeting.py"), "greeting 1.0: {site}/greeting.py altered"),
+        (lambda m: (m.site / "greeting.py").unlink(), "greeting 1.0: {site}/greeting.py missing"),
+        (lambda m: (m.site / "more.py").touch(), "no distribution: {site}/more.py added"),
+        (lambda m: (m.site / "greeting.py").chmod(0o755), "greeting 1.0: {site}/greeting.py alt"),
+        (lambda m: relink(m.prefix / "bin/python3"), "no distribution: bin/python3 altered"),
+        (lambda m: os.mkfifo(m.site / "fifo"), "no distribution: {site}/fifo added"),
+        (alter_two, "no distribution: bin/activate altered and 1 more"),
+    ],
+)
+def test_a_file_that_somebody_changed_is_named_by_the_proof_and_comes_back(
+    right: Machine, damage: Damage, words: str
+) -> None:
+    facts = facts_of(right)
+    damage(right)
+    site = right.site.relative_to(right.prefix)
+    wrong = prove(right)
+    assert wrong.startswith(f"environment-damaged\t{words.format(site=site)}") and "\n" not in wrong
+    assert right.ids()[0] == "environment-damaged"
+    right.settle()
+    assert facts_of(right) == facts and (right.site / "greeting.py").stat().st_mode & 0o777 == 0o644
+
+
+def facts_of(machine: Machine) -> dict[str, str | None]:
+    role = environment.role
+    state = role.parse(shell(role.probe(machine.target(role))))
+    return {fact.name: fact.read(state) for fact in role.facts}
+
+
+def test_what_is_no_part_of_an_environment_is_not_compared(right: Machine) -> None:
+    (right.site / "greeting.py").touch()  # a time alone
+    for name in ("__pycache__/x.pyc", "trainer/x.py", "greeting/__pycache__/x.pyc"):
+        (right.site / name).parent.mkdir(parents=True, exist_ok=True)
+        (right.site / name).write_text("x")
+    (right.prefix / "var/cache").mkdir(parents=True)
+    (right.prefix / "var/cache/fonts").write_text("x")
+    assert prove(right) == "" and prove(right, deep=True) == ""
+
+
+def test_only_the_deep_proof_sees_bytes_that_changed_by_themselves(right: Machine) -> None:
+    file = right.site / "greeting.py"
+    name = str(file.relative_to(right.prefix))
+    alter(file)
+    files = manifest.load(right.prefix)
+    now = manifest.read(right.prefix, {})[name]
+    files[name] = files[name]._replace(seen=now.seen)
+    manifest.save(right.prefix, files)
+    assert prove(right) == "" and right.ids() == []
+    assert prove(right, deep=True).startswith(f"environment-damaged\tgreeting 1.0: {name} altered")
+    assert right.ids() == ["environment-damaged"]
+    right.settle()
+
+
+@pytest.mark.parametrize("text", [None, "{half", "[1]", "{}"])
+def test_without_its_list_of_files_an_environment_is_still_compared_as_a_whole(
+    right: Machine, text: str | None
+) -> None:
+    (right.prefix / manifest.NAME).unlink()
+    if text is not None:
+        (right.prefix / manifest.NAME).write_text(text)
+    assert prove(right) == "" and manifest.load(right.prefix)
+    (right.prefix / manifest.NAME).unlink()
+    alter(right.site / "greeting.py")
+    assert "are not those that were proved" in prove(right)
+    right.settle()
+
+
+def test_damage_of_byte_code_is_mended_by_the_next_convergence(right: Machine) -> None:
+    (code,) = (right.site / "__pycache__").glob("greeting.*.pyc")
+    code.write_bytes(code.read_bytes()[:16] + b"broken")
+    assert {line.split("\t")[0] for line in prove(right).splitlines()} == {
         "environment-import",
         "environment-command",
     }
     assert right.ids() == ["environment-damaged"]
     right.settle()
+
+
+def test_names_of_one_file_are_read_once_and_both_listed(tmp_path: Path) -> None:
+    (tmp_path / "one").write_text("x")
+    (tmp_path / "two").hardlink_to(tmp_path / "one")
+    (tmp_path / "\udcff").symlink_to("nowhere")
+    files = manifest.read(tmp_path, {})
+    assert files["one"] == files["two"] and files["one"].content.startswith("f2d711642b72")
+    manifest.save(tmp_path, files)
+    assert manifest.load(tmp_path) == files and len(manifest.digest(files)) == 64
+    assert "\udcff" not in manifest.sentence(tmp_path, dict.fromkeys(files, "added"))
 
 
 def test_an_archive_that_never_worked_is_not_unpacked_again_and_again(machine: Machine) -> None:
@@ -572,6 +673,7 @@ def test_another_package_called_trainer_is_not_overwritten(trained: Machine) -> 
 
 
 def test_the_scripts_that_run_on_nodes_use_no_syntax_newer_than_they_promise() -> None:
-    for name in ("environment/mend.py", "environment/prove.py", "trainer/install.py"):
+    environments = ("mend", "prove", "manifest", "imports")
+    for name in (*(f"environment/{each}.py" for each in environments), "trainer/install.py"):
         source = Path(environment.__file__).parents[1] / name
         ast.parse(source.read_text(), feature_version=(3, 8))
