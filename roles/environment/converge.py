@@ -167,11 +167,13 @@ def unpack(one: Declared, archive: Archive, path: str, kept: Sequence[str] = ())
         f'  ! echo "{archive.sha256}  $A" | sha256sum -c --status -; then rm -f "$A"\n'
         '  echo "$A was damaged, and is removed: converge again" >&2; exit 1; fi\n'
         'mkdir -p -m 0755 "$N"\n'
-        f'if ! E=$(tar -x -f "$A" -C "$N" {unpack_options(archive)} 2>&1); then rm -rf "$N"\n'
+        "trap 'rm -rf \"$N\"' EXIT\n"
+        f'if ! E=$(tar -x -f "$A" -C "$N" {unpack_options(archive)} 2>&1); then\n'
         '  echo "unpacking $A: $(printf \'%s\\n\' "$E" | head -n 1)" >&2; exit 1; fi\n'
         'chmod 0755 "$N"\n'
         f"{_without_strays(archive)}"
         f"{_mend('N', archive)}"
+        "trap - EXIT\n"
         f"{put_in_place(one, archive, stamped=False)}"
         f'for f in {quote(parcel.LOCAL)}/archives/*; do case ${{f##*/}} in {names}) ;; *) rm -f "$f";; esac; done\n'
     )

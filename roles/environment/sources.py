@@ -52,7 +52,14 @@ _answers: dict[tuple[Path, Path], Path | ArchiveProblem] = {}
 
 def described(cluster: Cluster, one: Declared) -> Archive:
     """What the environment's archive holds. Raises ArchiveProblem."""
-    return describe(archive_of(cluster, one), str(cluster.at_hand(one.spec.source)))
+    path, source = archive_of(cluster, one), cluster.at_hand(one.spec.source)
+    try:
+        return describe(path, str(source))
+    except ArchiveProblem as problem:
+        if path != source:  # nobody will use it
+            path.unlink(missing_ok=True)
+            _answers[source, path.parent] = problem
+        raise
 
 
 def archive_of(cluster: Cluster, one: Declared) -> Path:

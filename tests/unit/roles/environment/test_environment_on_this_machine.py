@@ -26,6 +26,7 @@ from roles.core.steps import Shell, Upload
 from roles.environment import manifest
 from roles.environment.spec import Environments
 from roles.trainer.spec import TrainerSpec
+from tests.unit.roles.environment.made import CONDA, pack
 
 OLD = "/home/liu/anaconda3/envs/llm"
 
@@ -411,6 +412,15 @@ def test_an_archive_that_was_changed_on_its_way_is_never_unpacked(
     assert (machine.site / "greeting.py").read_text() == "WORD = 'hello'\n"
     assert [path.name for path in machine.prefix.parent.iterdir()] == ["llm"]
     machine.settle()
+
+
+def test_an_environment_that_cannot_be_mended_leaves_nothing(machine: Machine) -> None:
+    """Its interpreter looks right, and does not start."""
+    pack(machine.root / "llm.tar", CONDA)
+    machine.entry["archive"] = str(machine.root / "llm.tar")
+    with pytest.raises(AssertionError, match="python3.10"):
+        machine.converge()
+    assert list(machine.prefix.parent.iterdir()) == []
 
 
 @pytest.mark.parametrize(
