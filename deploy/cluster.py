@@ -14,6 +14,7 @@ from roles import (
     limits,
     nccl,
     network,
+    ops,
     packages,
     pdsh,
     pins,
@@ -41,5 +42,6 @@ converge(archives.role)
 converge(environment.role)
 converge(pins.role)
 converge(nccl.role)
+converge(ops.role)
 converge(trainer.role)
 converge(job.role)

@@ -31,14 +31,14 @@ from roles import registry
 from roles.core import session
 from roles.core.look import AnyRole, Looks, target_of
 from roles.core.role import PROOF_SECONDS, Finding, Target, Unreadable, required
-from roles.core.steps import Meet, NewLogin, Shell, Step, Upload
-from roles.core.upload import upload
+from roles.core.steps import Download, Meet, NewLogin, Shell, Step, Upload
+from roles.core.upload import download, upload
 
 ROUNDS = 2
 """A repair may uncover something else to repair: a start that nobody goes on with is a job to resume."""
 
-HEAD_FIRST_SECONDS = 3600
-"""How long the other nodes wait for the head to publish what they read; an archive may be travelling."""
+FIRST_SECONDS = 3600
+"""How long nodes wait for the one that makes what they take; an archive may be travelling."""
 
 
 class Run:
@@ -129,8 +129,8 @@ class Run:
 
         Raises Unreadable or NodeFailed when the node cannot be read, also after a change.
         """
-        if role.head_first and not target.is_head:
-            self._wait_for_head(role, node)
+        if name := self._first(role, node, target):
+            self._wait_for(name, role, node)
         work = self.work(role, node, target)
         if work is None:
             return
@@ -269,14 +269,26 @@ class Run:
         """This role's operation has ended on the node, well or not."""
         self._done.add((role.name, node.name))
 
-    def _wait_for_head(self, role: AnyRole, node: Host) -> None:
-        """Let the head publish first. Bounded, and over at once when the head takes no part."""
-        head = node.state.inventory.get_host(self.cluster.head.name)
-        end = time.monotonic() + HEAD_FIRST_SECONDS
+    def _first(self, role: AnyRole, node: Host, target: Target[Any]) -> str | None:
+        """The node that makes what this one takes, if there is one."""
+        if role.head_first and not target.is_head:
+            return self.cluster.head.name
+        if role.first and target.spec.manage == "managed":
+            try:
+                state = self.looks.state(role, node)
+            except (Unreadable, session.NodeFailed):
+                return None  # told where the role's work is found
+            return role.first(target, state, self.looks.others(role, node))
+        return None
+
+    def _wait_for(self, name: str, role: AnyRole, node: Host) -> None:
+        """Let that node make it. Bounded, and over at once when it takes no part."""
+        maker = node.state.inventory.get_host(name)
+        end = time.monotonic() + FIRST_SECONDS
         while (
-            head in node.state.active_hosts
-            and head not in node.state.failed_hosts
-            and (role.name, head.name) not in self._done
+            maker in node.state.active_hosts
+            and maker not in node.state.failed_hosts
+            and (role.name, name) not in self._done
             and time.monotonic() < end
         ):
             gevent.sleep(0.02)
@@ -327,6 +339,8 @@ def _carry_out(state: State, host: Host, step: Step) -> bool:
                 session.run(host, f"set -e\n{step.command}", step.seconds, step.show)
             case Upload():
                 upload(host, step)
+            case Download():
+                download(host, step)
             case NewLogin():
                 session.new_login(host)
     except session.Told:

@@ -19,6 +19,7 @@ from roles import (
     limits,
     nccl,
     network,
+    ops,
     packages,
     pdsh,
     pins,
@@ -47,6 +48,7 @@ ROLES: tuple[AnyRole, ...] = (
     environment.role,
     pins.role,
     nccl.role,
+    ops.role,
     trainer.role,
     job.role,
 )

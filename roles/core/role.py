@@ -133,6 +133,8 @@ class Role(Generic[S, T]):
     converge(target, state, peers, findings): the steps that remove the repairable findings.
     needs: roles that must be right on this node before this one may change it.
     head_first: the head converges before the others (they read what it publishes).
+    first(target, state, peers): the node that converges before this one, which takes what it makes; None
+    where this one waits for nobody. Always an earlier node of the file.
     together: names of the nodes that change at the same time or not at all: nothing happens unless
     each of them takes part in this run and is right in every other role. Its steps may ``Meet``.
     proof(target): slow or crossing proof, shell; run by ``verify`` and after a change; leaves the
@@ -160,6 +162,7 @@ class Role(Generic[S, T]):
     facts: Sequence[Fact[T]] = ()
     needs: Sequence[str] = ()
     head_first: bool = False
+    first: Callable[[Target[S], T, Peers], str | None] | None = None
     together: Callable[[Cluster], Sequence[str]] | None = None
     seconds: int = 10
     proof: Callable[[Target[S]], str] | None = None

@@ -1,4 +1,5 @@
-"""The steps a role yields to change a node: a shell command, a file's text, a file from here, a new login.
+"""The steps a role yields to change a node: a shell command, a file's text, a file from here
+or to here, a new login.
 
 A step says what it does; ``converge`` carries it out. Steps hold no secrets: keys are made on the node.
 """
@@ -39,6 +40,15 @@ class Upload:
 
 
 @dataclass(frozen=True)
+class Download:
+    """Copy a file of the node, readable for all, to a path on the control machine, whole or not at all."""
+
+    source: str
+    destination: Path
+    seconds: int = 3600
+
+
+@dataclass(frozen=True)
 class NewLogin:
     """Log in again, so that what follows sees what a fresh login sees (limits, groups, PATH)."""
 
@@ -56,7 +66,7 @@ class Meet:
     seconds: int = 180
 
 
-Step = Shell | Upload | NewLogin | Meet
+Step = Shell | Upload | Download | NewLogin | Meet
 
 Quoted = Callable[[str], str]
 quote: Quoted = shlex.quote

@@ -1,7 +1,8 @@
-"""Brings one file of the control machine to a node over SFTP, whole or not at all."""
+"""Brings one file of the control machine to a node over SFTP, or one of a node here, whole or not at all."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import PurePosixPath
 
@@ -9,7 +10,7 @@ from paramiko import SSHException
 from pyinfra.api.host import Host
 
 from roles.core import session
-from roles.core.steps import Upload, quote
+from roles.core.steps import Download, Upload, quote
 
 
 def upload(node: Host, step: Upload) -> None:
@@ -41,3 +42,23 @@ def upload(node: Host, step: Upload) -> None:
         f"mv -f {quote(str(part))} {quote(str(destination))}; rm -rf {quote(str(landing))}",
         step.seconds,
     )
+
+
+def download(node: Host, step: Download) -> None:
+    """Carry a Download out. Raises NodeFailed; the destination then is what it was.
+
+    Whoever brings the same file at the same time has a part of his own.
+    """
+    part = step.destination.with_name(f"{step.destination.name}.{node.name}.{os.getpid()}")
+    told = session.run(node, f"sha256sum <{quote(step.source)}", step.seconds).stdout
+    try:
+        step.destination.parent.mkdir(parents=True, exist_ok=True)
+        if not node.get_file(step.source, str(part), _sudo=False, _timeout=step.seconds):
+            raise session.NodeFailed(f"{step.source} could not be copied to this machine")
+        if hashlib.sha256(part.read_bytes()).hexdigest() != told.partition(" ")[0]:
+            raise session.NodeFailed(f"{step.source} arrived damaged: converge again")
+        part.replace(step.destination)
+    except (OSError, EOFError, SSHException) as error:
+        raise session.NodeFailed(f"copying {step.source} broke off: {error}") from None
+    finally:
+        part.unlink(missing_ok=True)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, model_validator
 
@@ -93,6 +93,10 @@ def unit_variables(prefix: str, gpus: int) -> dict[str, str]:
 ControlPath = Annotated[Path, BeforeValidator(_path)]
 """A path on the control machine; a relative one counts from the cluster file's folder."""
 
+Operator = Literal["cpu_adam", "fused_adam", "shm_comm"]
+"""Operators of DeepSpeed: the optimizer of ZeRO with offload, the default optimizer, and the sums
+between the ranks of one node without GPUs."""
+
 
 DistributionName = Annotated[str, _matching(DISTRIBUTION, "name of a distribution")]
 
@@ -116,6 +120,7 @@ class Environment(Strict):
     wheels: directory on the control machine with the wheels of the pins and of ``requirements``.
     index: address of the package index where there is no such directory.
     unmet: distribution to what it requires that need not be there in the right version.
+    ops: DeepSpeed's operators that are compiled before any training starts.
     """
 
     archive: ControlPath | None = None
@@ -138,6 +143,7 @@ class Environment(Strict):
     wheels: ControlPath | None = None
     index: Annotated[str, AfterValidator(_index)] | None = None
     unmet: dict[DistributionName, list[DistributionName]] = {}
+    ops: list[Operator] = []
 
     @property
     def source(self) -> Path:
@@ -156,10 +162,12 @@ class Environment(Strict):
         return self
 
     @model_validator(mode="after")
-    def _pins_can_be_met(self) -> Environment:
+    def _no_contradictions(self) -> Environment:
         names = [normal_name(name) for name in self.pins]
         for name in sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"{name} is pinned twice, under two spellings")
+        for name in sorted({name for name in self.ops if self.ops.count(name) > 1}):
+            raise ValueError(f"ops has {name} twice")
         if "torch" in names:
             raise ValueError(
                 "torch comes with the archive and is not pinned: build the archive with it"

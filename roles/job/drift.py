@@ -15,6 +15,7 @@ from roles.job.probe import JobState
 from roles.job.spec import NO_PLACE, JobSpec
 from roles.limits.spec import LimitsSpec, unit_limits
 from roles.network.interfaces import carrying
+from roles.ops.place import variables
 
 Remark = tuple[str, str | None]
 """A line and its colour."""
@@ -195,6 +196,7 @@ def new_launch(target: Target[JobSpec], state: JobState, plan: Plan) -> Launch:
         job=job.name,
         run=run,
         prefix=environment_prefix(target.cluster, job),
+        operators=variables(target.cluster, job.environment or ""),
         extra=job.env,
         limits=tuple(unit_limits(limits)) if limits else (),
     )

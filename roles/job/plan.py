@@ -131,12 +131,13 @@ def compose(
     job: str,
     run: str,
     prefix: str,
+    operators: Mapping[str, str],
     extra: Mapping[str, str],
     limits: tuple[str, ...] = (),
 ) -> Launch:
     """One node's launch of a plan.
 
-    run: the run directory. prefix: the environment. extra: the job file's own variables; they win.
+    run: the run directory. prefix: the environment. operators: what leads to those compiled ahead. extra: the job file's own variables; they win.
     """
     attempt = attempt_directory(run, plan.attempt)
     environment = {
@@ -146,6 +147,7 @@ def compose(
         # Per node: the interface that carries the cluster address may have another name elsewhere.
         **interfaces.variables(here.interface),
         **adapters.variables(plan.infiniband),
+        **operators,
         "NCCL_DEBUG": "WARN",
         # A collective that fails ends the process instead of leaving it waiting for ever.
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",

@@ -97,7 +97,7 @@ cuda-async-assert gpu-missing persistence-off host-oom ulimit-nofile nproc-limit
 sigterm-preempt child-failed ssh-unreachable ssh-hostkey ssh-container-port pdsh-missing launcher-not-found
 env-moved-shebang env-editable-stale pip-offline-build torch-cpu-build cuda-lib-shadow gcc-too-old protobuf-pb2
 nfs-stale-handle nfs-lock nfs-mount-wrong nfs-root-squash checkpoint-disk-full zero-resume-world-size
-checkpoint-partial hf-offline cuda-oom fp16-loss-scale-min
+checkpoint-partial bnb-cpu hf-offline cuda-oom fp16-loss-scale-min
 """
 """Names by which other parts and users know these failures: an id is never renamed or dropped."""
 

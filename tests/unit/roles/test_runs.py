@@ -24,7 +24,7 @@ from roles import converge as converging
 from roles.converge import Run
 from roles.core import session
 from roles.core.role import Fact, Finding, Peers, Role, Rule, Target, Unreadable
-from roles.core.steps import Shell, Step, Upload
+from roles.core.steps import Download, Shell, Step, Upload
 from roles.verify import EXIT_CODES, Report, judge, report
 
 NAMES = ("node1", "node2")
@@ -376,6 +376,48 @@ def test_the_head_goes_first_where_the_others_read_what_it_publishes(lab: Lab) -
     (lab.folder / "node2/a").unlink()
     assert not failed(lab.run(toy(lab, "a", steps=steps, head_first=True), limit=["node2"]))
     assert lab.has("node2", "a")
+
+
+def test_a_node_waits_for_the_one_that_makes_what_it_takes(lab: Lab) -> None:
+    lab.names = ("node1", "node2", "node3")
+    (lab.folder / "node3").mkdir()
+    made = f"{lab.folder}/made"
+
+    def steps(node: str) -> list[Step]:
+        if node == "node2":
+            return [Shell(f"sleep 0.3; touch {made} {lab.folder}/node2/a")]
+        wait = f"test -e {made}; " if node == "node3" else f"! test -e {made}; "
+        return [Shell(f"{wait}touch {lab.folder}/{node}/a")]
+
+    def first(target: Target[Any], state: str, peers: Peers) -> str | None:
+        lacks = target.node.name == "node3" and state == "no" and peers.get("node2") == "no"
+        return "node2" if lacks else None
+
+    assert not failed(lab.run(toy(lab, "a", steps=steps, first=first)))
+    (lab.folder / "node3/a").unlink()
+    (lab.folder / "node2/a").unlink()
+    assert not failed(lab.run(toy(lab, "a", steps=steps, first=first), limit=["node3"]))
+
+
+def test_a_file_of_a_node_arrives_here_whole_or_not_at_all(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, here = lab.folder / "node1/made", lab.folder / "kept/deep/made"
+    steps: list[Step] = [Shell(f"echo right >{made}"), Download(str(made), here)]
+    lab.names = ("node1",)
+    a = toy(lab, "a", steps=lambda node: [*steps, Shell(f"touch {lab.folder}/node1/a")])
+    assert not failed(lab.run(a))
+    assert here.read_text() == "right\n"
+    (lab.folder / "node1/a").unlink()
+
+    def cut(self: Any, source: str, destination: str, *arguments: Any, **more: Any) -> bool:
+        Path(destination).write_text("ri")
+        return True
+
+    monkeypatch.setattr(Recorded, "get_file", cut)
+    assert failed(lab.run(a)) == ["node1"]
+    assert any("arrived damaged" in line for line in lab.said)
+    assert here.read_text() == "right\n" and list(here.parent.iterdir()) == [here]
 
 
 def test_a_failed_proof_fails_the_node_in_its_own_words(lab: Lab) -> None:

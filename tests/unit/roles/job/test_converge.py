@@ -193,7 +193,13 @@ def test_of_two_that_begin_the_same_attempt_one_gives_way(
 
 def light(run: Path, node: str = "node1") -> Launch:
     return compose(
-        PLAN, Here(node, "eth0", 1, 0), job="light", run=str(run), prefix="/env", extra={}
+        PLAN,
+        Here(node, "eth0", 1, 0),
+        job="light",
+        run=str(run),
+        prefix="/env",
+        operators={},
+        extra={},
     )
 
 

@@ -24,9 +24,18 @@ PLAN = Plan(
 )
 
 
+OPERATORS = {"TORCH_EXTENSIONS_DIR": "/var/lib/lockstep/ops/main"}
+
+
 def launch(here: Here, plan: Plan = PLAN, **extra: str) -> Launch:
     return compose(
-        plan, here, job="light", run="/shared/runs/light", prefix="/opt/envs/main", extra=extra
+        plan,
+        here,
+        job="light",
+        run="/shared/runs/light",
+        prefix="/opt/envs/main",
+        operators=OPERATORS,
+        extra=extra,
     )
 
 
@@ -46,6 +55,7 @@ def test_the_launch_of_a_gpu_node_is_exactly_this() -> None:
         "MASTER_PORT": "29501",
         "GLOO_SOCKET_IFNAME": "ens3f0",
         "NCCL_SOCKET_IFNAME": "=ens3f0",
+        "TORCH_EXTENSIONS_DIR": "/var/lib/lockstep/ops/main",
         "NCCL_DEBUG": "WARN",
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
         "OMP_NUM_THREADS": "8",

@@ -1,0 +1,147 @@
+"""Proves that compiled operators load without being compiled again, and compute what torch computes.
+
+Sent to the nodes as text and run by the environment's interpreter. It works on a copy: nothing that it
+does, and no lock of a killed one, reaches the operators themselves. Prints one line ``ID<TAB>what is wrong``
+for each failed proof, and leaves the proof stamp that the everyday look compares.
+
+    python prove.py FOLDER OP...
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+STAMP = ".lockstep-ops.json"
+PROOF = ".lockstep-ops-proof.json"
+STEPS = 3
+SIZE = 1027
+"""Of the tensors: more than one vector register, and no multiple of one."""
+
+
+def adam(make: Callable[[list[Any]], Any], device: str) -> str | None:
+    """What is wrong with an implementation of AdamW, held against torch's; None when nothing is."""
+    import torch
+
+    generator = torch.Generator().manual_seed(1)
+    start = torch.randn(SIZE, generator=generator)
+    gradients = [torch.randn(SIZE, generator=generator) for _ in range(STEPS)]
+    results = []
+    settings: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    for one, where in ((make, device), (torch.optim.AdamW, "cpu")):
+        parameter = torch.nn.Parameter(start.clone().to(where))
+        optimizer = one([parameter], **settings)
+        for gradient in gradients:
+            parameter.grad = gradient.clone().to(where)
+            optimizer.step()
+        results.append(parameter.detach().cpu())
+    worst = float((results[0] - results[1]).abs().max())
+    return None if worst < 1e-5 else f"its result is off torch's by {worst:.3g}"
+
+
+def cpu_adam() -> str | None:
+    """DeepSpeedCPUAdam, the optimizer of ZeRO with offload."""
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    return adam(DeepSpeedCPUAdam, "cpu")
+
+
+def fused_adam() -> str | None:
+    """FusedAdam, DeepSpeed's default optimizer."""
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.ops.adam import FusedAdam
+
+    return adam(FusedAdam, get_accelerator().current_device_name())
+
+
+def shm_comm() -> str | None:
+    """The sum over two processes on this node."""
+    import torch
+    from deepspeed.accelerator import get_accelerator
+
+    os.environ.update(LOCAL_SIZE="2", MASTER_ADDR="lockstep-proof", MASTER_PORT=str(os.getpid()))
+    op = get_accelerator().create_op_builder("ShareMemCommBuilder").load(verbose=False)
+    if op.vector_kernel_level() < 1:
+        return None  # DeepSpeed itself then leaves it unused
+    torch.set_num_threads(1)
+    child = os.fork()
+    rank = 0 if child else 1
+    data = torch.full((SIZE,), float(rank + 1))
+    op.initialize(2, rank)
+    torch.ops.deepspeed.inference_all_reduce_(data)
+    right = bool((data == 3).all())
+    if not child:
+        os._exit(0 if right else 1)
+    _, status = os.waitpid(child, 0)
+    return None if right and status == 0 else "the sum over two processes is wrong"
+
+
+PROOFS: dict[str, Callable[[], str | None]] = {
+    "cpu_adam": cpu_adam,
+    "fused_adam": fused_adam,
+    "shm_comm": shm_comm,
+}
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Path below the folder to the SHA-256 of each library."""
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in folder.glob("*/*.so")
+    }
+
+
+def problems(copy: Path, ops: list[str]) -> Iterator[str]:
+    """A sentence for each operator that fails."""
+    before = digests(copy)
+    for name in ops:
+        try:
+            wrong = PROOFS[name]()
+        except Exception as error:
+            lines = str(error).strip().splitlines() or [""]
+            wrong = f"it does not load: {type(error).__name__}: {lines[0][:300]}"
+        if wrong:
+            yield f"{name}: {wrong}"
+    after = digests(copy)
+    for file in sorted(before):
+        if after.get(file) != before[file]:
+            yield f"{file} is compiled again when it is loaded"
+
+
+def prove(folder: Path, ops: list[str]) -> list[str]:
+    """Run the proofs and leave the stamp. Returns what failed."""
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = Path(scratch) / "ops"
+        shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("lock"))
+        os.environ["TORCH_EXTENSIONS_DIR"] = str(copy)
+        found = list(problems(copy, ops))
+    stamp = (folder / STAMP).read_text().rstrip("\n")
+    proof = folder / PROOF
+    proof.unlink(missing_ok=True)
+    if not found:
+        fresh = proof.with_name(f"{PROOF}.new")
+        fresh.write_text(json.dumps({"stamp": hashlib.sha256(stamp.encode()).hexdigest()}) + "\n")
+        fresh.replace(proof)
+    return found
+
+
+if __name__ == "__main__":
+    answer = os.fdopen(os.dup(1), "w")
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    try:
+        failed = prove(Path(sys.argv[1]), sys.argv[2:])
+    except Exception as error:
+        failed = [f"{type(error).__name__}: {error}"]
+    for sentence in failed:
+        answer.write(f"ops-load\t{sys.argv[1]}: {sentence}\n")
+    answer.flush()
+    os._exit(0)  # libraries that were imported may hang at a normal exit
