@@ -117,15 +117,15 @@ def problems(copy: Path, ops: list[str]) -> Iterator[str]:
 
 def prove(folder: Path, ops: list[str]) -> list[str]:
     """Run the proofs and leave the stamp. Returns what failed."""
+    proof = folder / PROOF
+    proof.unlink(missing_ok=True)  # first: an operator may kill this process
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch) / "ops"
         shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("lock"))
         os.environ["TORCH_EXTENSIONS_DIR"] = str(copy)
         found = list(problems(copy, ops))
-    stamp = (folder / STAMP).read_text().rstrip("\n")
-    proof = folder / PROOF
-    proof.unlink(missing_ok=True)
     if not found:
+        stamp = (folder / STAMP).read_text().rstrip("\n")
         fresh = proof.with_name(f"{PROOF}.new")
         fresh.write_text(json.dumps({"stamp": hashlib.sha256(stamp.encode()).hexdigest()}) + "\n")
         fresh.replace(proof)
