@@ -137,7 +137,8 @@ def compose(
 ) -> Launch:
     """One node's launch of a plan.
 
-    run: the run directory. prefix: the environment. operators: what leads to those compiled ahead. extra: the job file's own variables; they win.
+    run: the run directory. prefix: the environment. operators: what leads to those compiled ahead.
+    extra: the job file's own variables; they win.
     """
     attempt = attempt_directory(run, plan.attempt)
     environment = {

@@ -123,7 +123,7 @@ def _operators(one: Declared, seen: Seen, want: Mapping[str, str]) -> Iterator[F
     if stamp_values(seen.proof).get("stamp") != hashlib.sha256(seen.stamp.encode()).hexdigest():
         yield Finding(
             "ops-unproved",
-            f"{names} of {one.name} load and compute what torch computes",
+            f"{names} of {one.name} load, and step as torch does",
             "not proved",
             "they are proved",
         )

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from inventory.cluster import Cluster, Node
 from roles.core.steps import quote
 from roles.environment.parcel import LOCAL
-from roles.environment.spec import Declared, Environments
+from roles.environment.spec import Declared, Environments, unit_variables
 
 HOME = f"{LOCAL}/ops"
 
@@ -15,11 +15,6 @@ HOME = f"{LOCAL}/ops"
 def folder(environment: str) -> str:
     """The extensions directory of one environment."""
     return f"{HOME}/{environment}"
-
-
-def path(prefix: str) -> str:
-    """The PATH of whatever builds, proves or trains: another ninja would compile everything again."""
-    return f"{prefix}/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 def variables(cluster: Cluster, environment: str) -> Mapping[str, str]:
@@ -32,9 +27,11 @@ def variables(cluster: Cluster, environment: str) -> Mapping[str, str]:
 
 
 def python(one: Declared, node: Node) -> str:
-    """The environment's interpreter as words of a shell, started as a job's unit starts it."""
-    accelerator = "" if node.gpus else " DS_ACCELERATOR=cpu"
-    return (
-        f"env -i HOME=/root LANG=C.UTF-8 PATH={quote(path(one.prefix))}{accelerator} "
-        f"{quote(one.prefix)}/bin/python"
+    """The environment's interpreter as words of a shell, with what a job's unit has.
+
+    The same PATH counts most: with another ninja everything would be compiled again.
+    """
+    words = (
+        f"{key}={quote(value)}" for key, value in unit_variables(one.prefix, node.gpus).items()
     )
+    return f"env -i {' '.join(words)} {quote(one.prefix)}/bin/python"

@@ -9,8 +9,8 @@ from typing import Any
 from roles.core.role import Target, Unreadable, whole
 from roles.core.steps import quote
 from roles.environment.probe import DISTRIBUTIONS
-from roles.environment.spec import Declared, Environments, of_metadata
-from roles.ops.place import HOME, folder, path
+from roles.environment.spec import Declared, Environments, of_metadata, unit_variables
+from roles.ops.place import HOME, folder
 from roles.ops.prove import PROOF, STAMP
 
 
@@ -129,7 +129,7 @@ def _probe_one(one: Declared) -> str:
     if not one.spec.ops:
         return own
     return (
-        f"{own}(\nPATH={quote(path(one.prefix))}{TOOLS})\nD={quote(folder(one.name))}\n"
+        f"{own}(\nPATH={quote(unit_variables(one.prefix, 0)['PATH'])}{TOOLS})\nD={quote(folder(one.name))}\n"
         f"for f in {STAMP} {PROOF}; do\n"
         '  if [ -f "$D/$f" ]; then IFS= read -r l <"$D/$f"; printf \'%s %s\\n\' "$f" "$l"; fi\ndone\n'
         'for f in "$D"/*/*.so; do if [ -f "$f" ]; then\n'
