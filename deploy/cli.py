@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from deploy import env_cli as env
 from deploy import jobs_cli as jobs
 from deploy import trust, verify
 from deploy.lab import cli as lab
@@ -20,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Look at, verify and rehearse a cluster; pyinfra inventory.py deploy/cluster.py converges it.",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (verify, jobs, trust, lab):
+    for module in (verify, jobs, trust, env, lab):
         module.register(commands)
     chosen = parser.parse_args(arguments)
     try:

@@ -179,8 +179,9 @@ def owners(prefix: Path) -> dict[str, str]:
         name, _, version = folder.name[: -len(".dist-info")].partition("-")
         site = folder.parent.relative_to(prefix)
         owner = f"{name} {version}"
-        with suppress(OSError, csv.Error), (folder / "RECORD").open(newline="") as rows:
-            paths = [row[0] for row in csv.reader(rows) if row]
+        with suppress(OSError, ValueError, csv.Error):
+            text = (folder / "RECORD").read_text(encoding="utf-8")
+            paths = [row[0] for row in csv.reader(text.splitlines()) if row]
             found.update((os.path.normpath(site / path), owner) for path in paths)
     return found
 

@@ -76,6 +76,23 @@ def test_the_nodes_are_identical_and_the_report_says_by_what(lab: Site) -> None:
         assert identity[fact]["ok"] and set(identity[fact]["values"]) == {"node1", "node2"}, fact
 
 
+def test_environments_of_two_nodes_are_compared_file_by_file(lab: Site) -> None:
+    same = lab.lockstep("env", "diff", "node1", "node2", "--json")
+    assert same.returncode == 0 and json.loads(same.stdout)["same"], same.stderr
+    file = "lib/python3.11/site-packages/numpy/__init__.py"
+    path = f"/opt/lockstep/envs/main/{file}"
+    size = lab.shell("node2", f"stat -c %s {path}; echo '# by hand' >>{path}").strip()
+    try:
+        other = lab.lockstep("env", "diff", "node1", "node2", "--json")
+        assert other.returncode == 1, other.stderr
+        found = json.loads(other.stdout)
+        assert list(found["files"]) == ["numpy"] and list(found["files"]["numpy"]) == [file]
+        assert not found["distributions"] and not found["general"]
+    finally:
+        lab.shell("node2", f"truncate -s {size} {path}")
+    assert lab.lockstep("verify", "--deep").returncode == 0
+
+
 def test_commands_and_imports_work_from_a_plain_ssh_login(lab: Site) -> None:
     declared = yaml.safe_load(lab.cluster.read_text())
     done = lab.run(
