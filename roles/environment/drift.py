@@ -30,9 +30,9 @@ class Action(Enum):
 
 Pair = tuple[Action, Finding]
 
-BUILD = {
-    "environment-machine": "build the environment on a machine of the node's kind",
-    "environment-glibc": "build the environment on a system as old as the node's",
+MISFIT = {
+    "environment-machine": "build the environment on a machine of the node's kind, or leave the node out",
+    "environment-glibc": "install a newer system there, or build the environment on one as old as the oldest node",
 }
 """What to do about an environment that cannot run on a node."""
 
@@ -91,7 +91,7 @@ def _pairs(target: Target[Environments], state: EnvironmentState, one: Declared)
                 id,
                 f"{target.node.name} to have {want}, for {one.name}",
                 has,
-                f"give {target.node.name} what it needs, or {BUILD[id]}",
+                MISFIT[id],
                 repairable=False,
             ),
         )

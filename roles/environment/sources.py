@@ -109,12 +109,13 @@ def _content(directory: Path) -> str:
     digest = hashlib.sha256()
     for path in entries(directory, CACHES):
         status = path.lstat()
-        parts: list[object] = [str(path.relative_to(directory)), stat.filemode(status.st_mode)]
-        if path.is_symlink():
-            parts.append(str(path.readlink()))
-        elif not path.is_dir():
-            parts += [status.st_size, status.st_mtime_ns]
-        digest.update(json.dumps(parts).encode())
+        told: tuple[object, ...] = ()  # a folder's time changes with its caches
+        if stat.S_ISLNK(status.st_mode):
+            told = (str(path.readlink()),)
+        elif not stat.S_ISDIR(status.st_mode):
+            told = status.st_size, status.st_mtime_ns
+        name = str(path)[len(str(directory)) :]
+        digest.update(ascii((name, status.st_mode, *told)).encode())
     return digest.hexdigest()
 
 
