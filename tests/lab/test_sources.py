@@ -1,0 +1,124 @@
+"""Environments on real nodes that cannot be what is declared: refused in one sentence, and nothing is left behind.
+
+Two bare nodes of these tests' own; in this order, each test goes on from what the one before it left.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.lab.site import Site, nodes_of
+from tests.unit.roles.environment.made import ARM, CONDA, Entry, elf, pack
+
+pytestmark = pytest.mark.slow
+STATE = Path("/var/lib/lockstep-lab-tests-sources")
+SITE_PACKAGES = "lib/python3.10/site-packages"
+
+
+@pytest.fixture(scope="module")
+def site() -> Iterator[Site]:
+    """Two bare nodes, and a small environment as a directory of this machine."""
+    assert os.geteuid() == 0, "lab tests make systemd-nspawn nodes: run them as root"
+    lab = Site(STATE, nodes_of("debian"))
+    lab.lockstep("lab", "down")
+    subprocess.run(["rm", "-rf", str(lab.directory), str(STATE / "shared")], check=True)
+    lab.directory.mkdir(parents=True)
+    try:
+        up = lab.lockstep(
+            "lab", "up", "--nodes", "2", "--os", "debian", "--write", str(lab.cluster)
+        )
+        assert up.returncode == 0, up.stdout + up.stderr
+        venv = ["/usr/bin/python3", "-m", "venv", "--without-pip", str(lab.directory / "venv")]
+        subprocess.run(venv, check=True)
+        declare(lab, directory="venv")
+        lab.declare(trainer={"manage": "unmanaged"})
+        yield lab
+    finally:
+        down = lab.lockstep("lab", "down")
+        assert down.returncode == 0, down.stdout + down.stderr
+
+
+def declare(site: Site, **entry: Any) -> None:
+    site.declare(environments={"small": {"imports": ["json"], "commands": [], **entry}})
+
+
+def refused(site: Site) -> str:
+    """What a run says that must fail."""
+    done = site.pyinfra("deploy/cluster.py", "-y")
+    assert done.returncode != 0 and "Traceback" not in done.stderr, done.stderr[-4000:]
+    return done.stdout + done.stderr
+
+
+def left(site: Site) -> list[str]:
+    """What lies in the folder of environments on each node."""
+    return [site.shell(node, "ls -A /opt/lockstep/envs 2>/dev/null || :") for node in site.nodes]
+
+
+def test_a_directory_of_this_machine_becomes_the_environment_of_every_node(site: Site) -> None:
+    site.converge()
+    assert left(site) == ["small\n", "small\n"]
+    assert site.verify()["verdict"] == "ok"
+    for node in site.nodes:
+        prefix = site.shell(
+            node, "/opt/lockstep/envs/small/bin/python -c 'import sys; print(sys.prefix)'"
+        )
+        assert prefix == "/opt/lockstep/envs/small\n"
+    assert site.converge()["totals"]["success"] == 0
+
+
+def test_an_archive_that_was_changed_on_the_shared_storage_is_never_unpacked(site: Site) -> None:
+    (archive,) = (STATE / "shared/.lockstep/archives").iterdir()
+    data = bytearray(archive.read_bytes())
+    data[len(data) // 2] ^= 1
+    archive.write_bytes(data)
+    site.shell("node2", "rm /opt/lockstep/envs/small/.lockstep-environment.json")
+    assert "was damaged, and is removed: converge again" in refused(site)
+    assert not archive.exists()
+    assert left(site)[1] == "small\n"
+    site.converge()
+    assert archive.exists() and site.verify()["verdict"] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("machine", "glibc", "sentence"),
+    [
+        (ARM, "2.17", "{node} to have aarch64, for small, seen x86_64"),
+        (
+            None,
+            "2.99",
+            "{node} to have glibc 2.99 or newer, which lib/python3.10/site-packages/torch/x.so",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_it_is_shipped(
+    site: Site, machine: int | None, glibc: str, sentence: str
+) -> None:
+    interpreter: Entry = ("bin/python3.10", elf(machine=machine) if machine else elf())
+    library: Entry = (f"{SITE_PACKAGES}/torch/x.so", elf([glibc]))
+    pack(site.directory / "odd.tar", [CONDA[0], interpreter, *CONDA[2:], library])
+    declare(site, archive="odd.tar", prefix="/opt/odd")
+    before = sorted((STATE / "shared/.lockstep/archives").iterdir())
+    said = refused(site)
+    for node in site.nodes:
+        assert sentence.format(node=node) in said
+        assert site.shell(node, "ls -d /opt/odd* 2>/dev/null || :") == ""
+    assert sorted((STATE / "shared/.lockstep/archives").iterdir()) == before
+
+
+def test_a_disk_without_room_is_named_on_its_node_and_the_other_goes_on(site: Site) -> None:
+    site.shell("node2", "mkdir -p /small; mount -t tmpfs -o size=60m tmpfs /small")
+    try:
+        declare(site, directory="venv", prefix="/small/venv")
+        assert "no room for small: /small has 60 MiB free" in refused(site)
+        assert site.shell("node2", "ls -A /small") == ""
+        assert site.shell("node1", "ls -A /small") == "venv\n"
+    finally:
+        site.shell("node2", "umount /small")
+    site.converge()
+    assert site.verify()["verdict"] == "ok"
