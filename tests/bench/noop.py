@@ -54,12 +54,12 @@ def measured(site: Site) -> dict[str, float]:
                 raise SystemExit(f"{kind} failed: {done.stderr[-2000:]}")
             counted += sessions(site) - before if kind == "noop" else 0
     return {
-        "nodes": NODES,
+        "nodes": len(site.nodes),
         "roles": len(roles),
         **{f"{kind}_s": round(seconds, 3) for kind, seconds in best.items()},
         "noop_over_exec_true": round(best["noop"] / best["exec_true"], 3),
         "noop_over_same_probe": round(best["noop"] / best["same_probe"], 3),
-        "commands_per_node": counted / ROUNDS / NODES,
+        "commands_per_node": counted / ROUNDS / len(site.nodes),
     }
 
 
