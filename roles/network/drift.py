@@ -233,12 +233,15 @@ def closed(chain: Chain) -> bool:
 
 
 def rules(interface: str, addresses: Sequence[str]) -> list[str]:
-    """The rules of nftables that let the peers in, as ``nft list`` prints them."""
-    return [
-        f'iifname "{interface}" {"ip6" if ":" in address else "ip"} saddr {address} accept '
-        f'comment "{COMMENT}"'
+    """The rules of nftables that let the peers in, as ``nft list`` prints them.
+
+    And the node itself: its ranks meet at its own address, which it reaches over the loopback.
+    """
+    from_peers = (
+        f'iifname "{interface}" {"ip6" if ":" in address else "ip"} saddr {address}'
         for address in addresses
-    ]
+    )
+    return [f'{each} accept comment "{COMMENT}"' for each in ('iifname "lo"', *from_peers)]
 
 
 def _firewall(target: Target[NetworkSpec], state: NetworkState) -> Iterator[Finding]:

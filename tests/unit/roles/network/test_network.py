@@ -243,10 +243,11 @@ def test_the_firewall_is_left_alone_unless_open_is_declared() -> None:
     assert "hook input" in probe(target(firewall="open"))
 
 
-def test_rules_for_the_peers_must_come_first_in_a_chain_that_drops() -> None:
+def test_rules_for_the_peers_and_the_node_itself_come_first_in_a_chain_that_drops() -> None:
     assert RIGHT.firewall is not None
     (chain,) = RIGHT.firewall.chains
-    for rules in (chain.rules[1:], (*chain.rules[1:], chain.rules[0])):
+    own, peer, *others = chain.rules
+    for rules in ((own, *others), (peer, *others), (*others, own, peer)):
         wall = replace(RIGHT.firewall, chains=(replace(chain, rules=rules),))
         assert ids(target(**LAB), replace(RIGHT, firewall=wall)) == ["firewall-between-nodes"]
     open_chain = replace(chain, rules=(), policy="accept")
