@@ -152,6 +152,10 @@ def _absolute(text: str) -> str:
     return text.rstrip("/") or "/"
 
 
+def _path(value: Any) -> Any:
+    return Path(value) if isinstance(value, str) and value else value
+
+
 def _text_of_scalar(value: Any) -> Any:
     """YAML reads ``3.20`` as a float and loses the zero; versions must be quoted, and the message says so."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -166,6 +170,8 @@ Address = Annotated[str, AfterValidator(_address)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 AbsolutePath = Annotated[str, AfterValidator(_absolute)]
 """A path on the nodes."""
+ControlPath = Annotated[Path, BeforeValidator(_path)]
+"""A path on the control machine; a relative one counts from the cluster file's folder."""
 Version = Annotated[str, BeforeValidator(_text_of_scalar), WithJsonSchema({"type": "string"})]
 GpuClass = Annotated[str, AfterValidator(_gpu_class)]
 InterfaceName = Annotated[str, AfterValidator(_interface)]

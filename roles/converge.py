@@ -31,8 +31,8 @@ from roles import registry
 from roles.core import session
 from roles.core.look import AnyRole, Looks, target_of
 from roles.core.role import PROOF_SECONDS, Finding, Target, Unreadable, required
-from roles.core.steps import Download, Meet, NewLogin, Shell, Step, Upload
-from roles.core.upload import download, upload
+from roles.core.steps import Download, Meet, NewLogin, Shell, Step, Upload, UploadFolder
+from roles.core.upload import download, upload, upload_folder
 
 ROUNDS = 2
 """A repair may uncover something else to repair: a start that nobody goes on with is a job to resume."""
@@ -341,6 +341,8 @@ def _carry_out(state: State, host: Host, step: Step) -> bool:
                 upload(host, step)
             case Download():
                 download(host, step)
+            case UploadFolder():
+                upload_folder(host, step)
             case NewLogin():
                 session.new_login(host)
     except session.Told:

@@ -1,4 +1,4 @@
-"""The steps a role yields to change a node: a shell command, a file's text, a file from here
+"""The steps a role yields to change a node: a shell command, a file's text, files from here
 or to here, a new login.
 
 A step says what it does; ``converge`` carries it out. Steps hold no secrets: keys are made on the node.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +49,21 @@ class Download:
 
 
 @dataclass(frozen=True)
+class UploadFolder:
+    """Have exactly these files of the control machine in a folder on the node, and nothing else in it.
+
+    files: path below the folder to where it lies here and its SHA-256; paths hold no white space. What is
+    there already with that digest does not travel again. All arrive beside the folder and are checked
+    before the first is put in its place; they are put there in this order.
+    """
+
+    files: Mapping[str, tuple[Path, str]]
+    destination: str
+    mode: str = "0644"
+    seconds: int = 3600
+
+
+@dataclass(frozen=True)
 class NewLogin:
     """Log in again, so that what follows sees what a fresh login sees (limits, groups, PATH)."""
 
@@ -66,7 +81,7 @@ class Meet:
     seconds: int = 180
 
 
-Step = Shell | Upload | Download | NewLogin | Meet
+Step = Shell | Upload | UploadFolder | Download | NewLogin | Meet
 
 Quoted = Callable[[str], str]
 quote: Quoted = shlex.quote

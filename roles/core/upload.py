@@ -1,16 +1,17 @@
-"""Brings one file of the control machine to a node over SFTP, or one of a node here, whole or not at all."""
+"""Brings files of the control machine to a node over SFTP, or one of a node here, whole or not at all."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import os
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 from paramiko import SSHException
 from pyinfra.api.host import Host
 
 from roles.core import session
-from roles.core.steps import Download, Upload, quote
+from roles.core.steps import Download, Upload, UploadFolder, quote
 
 
 def upload(node: Host, step: Upload) -> None:
@@ -22,24 +23,63 @@ def upload(node: Host, step: Upload) -> None:
     destination = PurePosixPath(step.destination)
     landing = destination.parent / f".{destination.name}.arriving"
     part = landing / "part"
-    user = str(node.data.get("ssh_user") or os.getuid())  # the control machine itself has no login
-    session.run(
-        node,
-        f"set -e\nmkdir -p {quote(str(destination.parent))}\nrm -rf {quote(str(landing))}\n"
-        f"mkdir -m 0700 {quote(str(landing))}\nchown {quote(user)} {quote(str(landing))}",
-        60,
-    )
-    try:
-        arrived = node.put_file(str(step.source), str(part), _sudo=False, _timeout=step.seconds)
-    except (OSError, EOFError, SSHException) as error:
-        raise session.NodeFailed(f"copying {step.source.name} broke off: {error}") from None
-    if not arrived:
-        raise session.NodeFailed(f"{step.source.name} could not be copied to {destination}")
+    session.run(node, f"set -e\n{_prepared(node, landing)}", 60)
+    _put(node, step.source, part, step.seconds)
     session.run(
         node,
         f"set -e\necho {quote(f'{step.sha256}  {part}')} | sha256sum -c --quiet - >&2\n"
         f"chown 0:0 {quote(str(part))}; chmod {step.mode} {quote(str(part))}\n"
         f"mv -f {quote(str(part))} {quote(str(destination))}; rm -rf {quote(str(landing))}",
+        step.seconds,
+    )
+
+
+# Lines of LIST: digest and path. A file arrives under its digest.
+_PLACE = r"""
+cd "$landing"
+while read -r sum path; do
+  if test -e "$sum"; then printf '%s  %s\n' "$sum" "$sum"; fi
+done <list >sums
+if test -s sums; then sha256sum -c --quiet sums >&2; fi
+mkdir -p "$folder"
+chmod 0755 "$folder"
+while read -r sum path; do
+  if test -e "$sum"; then
+    case $path in */*) mkdir -p "$folder/${path%/*}";; esac
+    chown 0:0 "$sum"; chmod "$mode" "$sum"
+    mv -f "$sum" "$folder/$path"
+  fi
+done <list
+cd "$folder"
+find . -type f | awk 'NR == FNR { keep["./" $2]; next } !($0 in keep)' "$landing/list" - |
+  while read -r path; do rm -f "$path"; done
+rm -rf "$landing"
+"""
+
+
+def upload_folder(node: Host, step: UploadFolder) -> None:
+    """Carry out an UploadFolder. Raises NodeFailed; the next run goes on from what arrived until then."""
+    folder = PurePosixPath(step.destination)
+    landing = folder.parent / f".{folder.name}.arriving"
+    sums = "find . -type f -exec sha256sum {} +"
+    there = session.run(
+        node,
+        f"set -e\nif ! test -d {quote(str(landing))}; then {_prepared(node, landing)}; fi\n"
+        f"for d in {quote(str(folder))} {quote(str(landing))}; do if test -d $d; then cd $d; {sums}; fi; done",
+        step.seconds,
+    ).stdout
+    digests = {
+        path.removeprefix("./"): digest
+        for digest, _, path in (line.partition("  ") for line in there.splitlines())
+    }
+    for path, (source, sha256) in step.files.items():
+        if sha256 not in (digests.get(path), digests.get(sha256)):
+            _put(node, source, landing / sha256, step.seconds)
+    lines = "".join(f"{sha256} {path}\n" for path, (_, sha256) in step.files.items())
+    _put(node, io.StringIO(lines), landing / "list", step.seconds)
+    session.run(
+        node,
+        f"set -e\nfolder={quote(str(folder))} landing={quote(str(landing))} mode={step.mode}{_PLACE}",
         step.seconds,
     )
 
@@ -62,3 +102,24 @@ def download(node: Host, step: Download) -> None:
         raise session.NodeFailed(f"copying {step.source} broke off: {error}") from None
     finally:
         part.unlink(missing_ok=True)
+
+
+def _prepared(node: Host, landing: PurePosixPath) -> str:
+    """Shell that makes an empty folder into which the login user may write."""
+    user = str(node.data.get("ssh_user") or os.getuid())  # the control machine itself has no login
+    return (
+        f"mkdir -p {quote(str(landing.parent))}\nrm -rf {quote(str(landing))}\n"
+        f"mkdir -m 0700 {quote(str(landing))}\nchown {quote(user)} {quote(str(landing))}"
+    )
+
+
+def _put(node: Host, source: Path | io.StringIO, place: PurePosixPath, seconds: int) -> None:
+    """Raises NodeFailed when it does not arrive."""
+    name = source.name if isinstance(source, Path) else place.name
+    file = str(source) if isinstance(source, Path) else source
+    try:
+        arrived = node.put_file(file, str(place), _sudo=False, _timeout=seconds)
+    except (OSError, EOFError, SSHException) as error:
+        raise session.NodeFailed(f"copying {name} broke off: {error}") from None
+    if not arrived:
+        raise session.NodeFailed(f"{name} could not be copied to {place.parent.parent}")

@@ -6,11 +6,11 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, model_validator
+from pydantic import AfterValidator, ConfigDict, model_validator
 
-from inventory.base import NODE_NAME, AbsolutePath, Spec, Strict, Version
+from inventory.base import NODE_NAME, AbsolutePath, ControlPath, Spec, Strict, Version
 from inventory.cluster import Cluster
 from roles.storage.spec import shared_path
 
@@ -43,10 +43,6 @@ def of_metadata(folder: str) -> tuple[str, str]:
     if not dash:
         return normal_name(stem), ""
     return normal_name(name), version
-
-
-def _path(value: Any) -> Any:
-    return Path(value) if isinstance(value, str) and value else value
 
 
 def _matching(pattern: re.Pattern[str], what: str) -> AfterValidator:
@@ -89,9 +85,6 @@ def unit_variables(prefix: str, gpus: int) -> dict[str, str]:
     }
     return variables if gpus else {**variables, "DS_ACCELERATOR": "cpu"}
 
-
-ControlPath = Annotated[Path, BeforeValidator(_path)]
-"""A path on the control machine; a relative one counts from the cluster file's folder."""
 
 Operator = Literal["cpu_adam", "fused_adam", "shm_comm"]
 """Operators of DeepSpeed: the optimizer of ZeRO with offload, the default optimizer, and the sums

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from roles.core.role import Finding, Peers, Target
-from roles.core.steps import Shell, Step, quote, write_file
-from roles.packages.drift import offered, unfenced
+from roles.core.steps import Shell, Step, UploadFolder, quote, write_file
+from roles.packages.bundle import HOME
+from roles.packages.drift import bundled, offered, unfenced
 from roles.packages.managers import (
     CUT,
     INSTALL_SECONDS,
@@ -184,6 +185,13 @@ def _sources(target: Target[PackagesSpec], state: PackagesState, ids: set[str]) 
         yield Shell(write_file(file, text, backup=False) if text else f"rm -f {file}")
 
 
+def _bundle(target: Target[PackagesSpec], state: PackagesState) -> UploadFolder:
+    assert target.spec.bundle is not None  # the finding says so
+    folder = target.cluster.at_hand(target.spec.bundle) / "packages" / state.system
+    files = {name: (folder / name, one.sha256) for name, one in bundled(target, state).items()}
+    return UploadFolder(files, HOME)
+
+
 def converge(
     target: Target[PackagesSpec],
     state: PackagesState,
@@ -195,6 +203,8 @@ def converge(
     ids = {finding.id for finding in findings}
     if "package-policy" in ids:
         yield Shell(f"rm -f {POLICY}")
+    if "package-bundle" in ids:
+        yield _bundle(target, state)
     yield from _sources(target, state, ids)
     if "package-interrupted" in ids:
         bad = [name for name, status in state.interrupted.items() if "H" in status or "R" in status]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from roles.core.role import Finding, Peers, Target
+from roles.packages.bundle import HOME, INDEX, Entry, packages_for, systems
 from roles.packages.managers import KEYS, SOURCES
 from roles.packages.probe import PackagesState
 from roles.packages.sources import digest, key_texts, source_text
@@ -99,7 +100,11 @@ def _findings(target: Target[PackagesSpec], state: PackagesState) -> Iterator[Fi
             ),
             "they are written, and what is left over is removed",
         )
-    yield from _absent(spec, state)
+    gap = _bundle(target, state)
+    if gap is None:
+        yield from _absent(spec, state)
+    else:  # what is missing shows when the repository is there
+        yield gap
     if spec.unattended == "fence" and (open_ones := unfenced(state)):
         yield Finding(
             "package-unattended",
@@ -107,6 +112,43 @@ def _findings(target: Target[PackagesSpec], state: PackagesState) -> Iterator[Fi
             f"not left out in {', '.join(open_ones)}",
             "they are added to its list; 'packages: {unattended: leave}' would leave it",
         )
+
+
+def bundled(target: Target[PackagesSpec], state: PackagesState) -> dict[str, Entry]:
+    """The files that the declared bundle has for this node, the index last; none where there are none."""
+    if target.spec.bundle is None:
+        return {}
+    folder = target.cluster.at_hand(target.spec.bundle)
+    return packages_for(folder, state.system, state.manager)
+
+
+def _bundle(target: Target[PackagesSpec], state: PackagesState) -> Finding | None:
+    if target.spec.bundle is None:
+        return None
+    folder = target.cluster.at_hand(target.spec.bundle)
+    files = bundled(target, state)
+    if not files:
+        return Finding(
+            "package-bundle",
+            f"packages for {state.system} in the bundle {folder}",
+            f"it has those for {', '.join(systems(folder)) or 'no system'}",
+            "run 'lockstep bundle' again where the nodes' sources can be reached",
+            repairable=False,
+        )
+    index = INDEX[state.manager]
+    count = sum("/" not in name and name != index for name in files)
+    if state.index == files[index].sha256 and state.files >= count:
+        return None
+    return Finding(
+        "package-bundle",
+        f"the {count} packages of the bundle in {HOME}",
+        "no repository there"
+        if state.index is None
+        else "those of another bundle"
+        if state.index != files[index].sha256
+        else f"{state.files} of them",
+        "those that lack are brought there",
+    )
 
 
 def _absent(spec: PackagesSpec, state: PackagesState) -> Iterator[Finding]:

@@ -12,6 +12,7 @@ from typing import Literal, cast
 
 from roles.core.role import Target, Unreadable, whole
 from roles.core.steps import quote
+from roles.packages.bundle import INDEX, system_of
 from roles.packages.managers import CUT, KEYS, SOURCES, Manager
 from roles.packages.spec import PackagesSpec
 from roles.packages.unattended import APT_FENCE, PROBE, TOOL
@@ -40,6 +41,8 @@ class PackagesState:
     policy_left: an installation of ours was killed and left the file that holds services back.
     unattended: what upgrades packages by itself there: its file to the list of what it leaves out
     (for apt, our own file's text).
+    system: the folder of a bundle that is for such a node; "" where no bundle is declared.
+    index: SHA-256 of the local repository's index; None where it has none. files: packages in it.
     """
 
     manager: Manager
@@ -52,6 +55,9 @@ class PackagesState:
     offered: frozenset[str] | None = None
     policy_left: bool = False
     unattended: Mapping[str, str] = field(default_factory=dict)
+    system: str = ""
+    index: str | None = None
+    files: int = 0
 
 
 # Fields of a line are split at tabs. Input: the database, then the local index, which is read only
@@ -135,9 +141,23 @@ fi
 """.strip()
 
 
+def _bundled(manager: Manager) -> str:
+    """What the node has of a bundle, and the system by which one is for it."""
+    return rf"""
+if test -r /etc/os-release; then . /etc/os-release; fi
+say system "$ID" "$VERSION_ID" "$(uname -m)"
+if test -f "$local/{INDEX[manager]}"; then
+  sum=$(sha256sum "$local/{INDEX[manager]}") || exit 3
+  set -- "$local"/*.{"deb" if manager == "apt" else "rpm"}; test -e "$1" || shift
+  say index_sum "${{sum%% *}}" $#
+fi
+""".strip()
+
+
 def probe(target: Target[PackagesSpec]) -> str:
     """Lines of a key and its values, separated by tabs; our source file last, as it is."""
     spec = target.spec
+    bundled = {manager: _bundled(manager) if spec.bundle else "" for manager in SOURCES}
     names = {manager: quote(" ".join(spec.names(manager))) for manager in SOURCES}
     return f"""
 local={quote(spec.local or "")} tab='\t' index=
@@ -150,9 +170,11 @@ fi
 if command -v dpkg-query >/dev/null; then
 names={names["apt"]} source={SOURCES["apt"]} keys={KEYS["apt"]}
 {_APT}
+{bundled["apt"]}
 elif command -v rpm >/dev/null; then
 names={names["rpm"]} source={SOURCES["rpm"]} keys={KEYS["rpm"]}
 {_RPM}
+{bundled["rpm"]}
 else
   echo 'neither dpkg nor rpm is there' >&2; exit 3
 fi
@@ -180,6 +202,7 @@ def parse(text: str) -> PackagesState:
     unattended: dict[str, str] = {}
     cut: list[str] = []
     offered: set[str] = set()
+    system, index, files = "", None, 0
     indexed = False
     for line in head.split("\n"):
         key, *values = line.split("\t")
@@ -193,6 +216,10 @@ def parse(text: str) -> PackagesState:
             offered.add(values[0])
         elif key == "index" and not values:
             indexed = True
+        elif key == "system" and len(values) == 3:
+            system = system_of(*values)
+        elif key == "index_sum" and len(values) == 2:
+            index, files = values[0], int(values[1])
         elif key == "cut" and len(values) == 1:
             cut.append(values[0])
         elif key == "key" and len(values) == 2:
@@ -219,6 +246,9 @@ def parse(text: str) -> PackagesState:
         offered=frozenset(offered) if indexed else None,
         policy_left="policy" in single,
         unattended=unattended,
+        system=system,
+        index=index,
+        files=files,
     )
 
 

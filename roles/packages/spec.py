@@ -6,11 +6,12 @@ import functools
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, model_validator
 
-from inventory.base import AbsolutePath, Spec, Strict
+from inventory.base import AbsolutePath, ControlPath, Spec, Strict
+from roles.packages.bundle import HOME, BadBundle, read
 from roles.packages.keys import BadKey, armored
 from roles.packages.names import translated
 
@@ -154,11 +155,24 @@ class PackagesSpec(Spec):
     ``repodata``, for nodes without internet; it and ``sources`` then are the only sources. None: the
     sources that the node already has, and ``sources``."""
 
+    bundle: ControlPath | None = None
+    """What ``lockstep bundle`` gathered, a folder on the control machine: each node gets the packages for
+    its own system from it, as its ``local``."""
+
     sources: list[Source] = []
     """Further repositories: a mirror, NVIDIA's, one on a shared disk."""
 
     unattended: Literal["fence", "leave"] = "fence"
     """Where a node upgrades packages by itself, kernel, driver, CUDA and NCCL are kept out of that."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bundled(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("bundle") is None:
+            return values
+        if values.get("local") not in (None, HOME):
+            raise ValueError("give 'local' or 'bundle', not both: a bundle is each node's 'local'")
+        return {**values, "local": HOME}
 
     def names(self, manager: Manager) -> list[str]:
         """The packages to install where that manager installs, once each, in the order of the file."""
@@ -176,7 +190,12 @@ class PackagesSpec(Spec):
         return [source for source in self.sources if source.os == manager]
 
     def problems(self, cluster: Cluster) -> Iterable[tuple[str, str]]:
-        """Keys that cannot be read, and names that are taken."""
+        """A bundle or keys that cannot be read, and names that are taken."""
+        if self.bundle is not None:
+            try:
+                read(cluster.at_hand(self.bundle))
+            except BadBundle as error:
+                yield "bundle", str(error)
         for number, source in enumerate(self.sources):
             if any(
                 (source.name, source.os) == (other.name, other.os)

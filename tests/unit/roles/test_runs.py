@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -24,7 +25,8 @@ from roles import converge as converging
 from roles.converge import Run
 from roles.core import session
 from roles.core.role import Fact, Finding, Peers, Role, Rule, Target, Unreadable
-from roles.core.steps import Download, Shell, Step, Upload
+from roles.core.steps import Download, Shell, Step, Upload, UploadFolder
+from roles.core.upload import upload_folder
 from roles.verify import EXIT_CODES, Report, judge, report
 
 NAMES = ("node1", "node2")
@@ -642,3 +644,43 @@ def test_what_two_roles_know_is_one_row_with_the_later_roles_value(lab: Lab) -> 
     roles = (toy(lab, "a", facts=(system,)), toy(lab, "b", facts=(login,)))
     (row,) = report_of(lab, *roles).identity
     assert row.values == {"node1": "12.2", "node2": "12.2"} and row.ok and row.rule == "equal"
+
+
+def test_a_folder_on_a_node_has_exactly_the_declared_files_and_only_what_lacks_travels(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, there = lab.folder / "here", lab.folder / "node1/there"
+    files = {}
+    for name in ("a.deb", "sub/b+1.deb", "index"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(f"the file {name}")
+        files[name] = (source / name, hashlib.sha256((source / name).read_bytes()).hexdigest())
+    there.mkdir()
+    (there / "a.deb").write_text("damaged")
+    (there / "old.deb").write_text("of an earlier bundle")
+    state = lab.state([])
+    node = state.inventory.get_host("node1")
+    step = UploadFolder(files, str(there))
+    travelled: list[str] = []
+    put = Recorded.put_file
+
+    def put_file(self: Any, file: Any, *arguments: Any, **more: Any) -> Any:
+        travelled.append(getattr(file, "name", file))
+        if len(travelled) == 2:
+            raise OSError("the cable was pulled")
+        return put(self, file, *arguments, **more)
+
+    monkeypatch.setattr(Recorded, "put_file", put_file)
+    with pytest.raises(session.NodeFailed, match="copying b.1.deb broke off: the cable was pulled"):
+        upload_folder(node, step)
+    assert (there / "a.deb").read_text() == "damaged"  # nothing is half-done
+    travelled[2:] = ["went on"]
+    upload_folder(node, step)
+    assert travelled[3:] == [str(source / "sub/b+1.deb"), str(source / "index"), travelled[-1]]
+    found = {str(path.relative_to(there)) for path in there.rglob("*") if path.is_file()}
+    assert found == set(files) and (there / "a.deb").read_text() == "the file a.deb"
+    assert {path.name for path in (lab.folder / "node1").iterdir()} == {"there"}
+    files["a.deb"] = (source / "a.deb", "0" * 64)
+    with pytest.raises(session.NodeFailed):
+        upload_folder(node, UploadFolder(files, str(there)))
+    assert (there / "a.deb").read_text() == "the file a.deb"
