@@ -48,8 +48,8 @@ def wanted(extra: Iterable[str]) -> list[str]:
     return names
 
 
-def apt_configuration(directory: Path, status: Path, host: Host) -> str:
-    """apt.conf that resolves against the base image's packages and touches nothing of the host's apt."""
+def apt_configuration(directory: Path, status: Path, architecture: str) -> str:
+    """apt.conf that resolves against the packages of a status file and touches nothing of the host's apt."""
     settings = {
         "Dir::State": directory / "state",
         "Dir::State::lists": directory / "lists",
@@ -61,7 +61,7 @@ def apt_configuration(directory: Path, status: Path, host: Host) -> str:
         "Dir::Etc::preferences": "-",
         "Dir::Etc::preferencesparts": "-",
         "Dir::Log": directory,
-        "APT::Architecture": host.architecture,
+        "APT::Architecture": architecture,
         "APT::Install-Recommends": "false",
         "APT::Sandbox::User": "root",
         "Debug::NoLocking": "true",
@@ -121,7 +121,7 @@ def ensure_debs(
     shutil.copytree(paths.cache / key / "lists", directory / "lists", dirs_exist_ok=True)
     (directory / "lists/partial").mkdir(exist_ok=True)
     status = paths.cache / key / "status"
-    write_whole(directory / "apt.conf", apt_configuration(directory, status, host))
+    write_whole(directory / "apt.conf", apt_configuration(directory, status, host.architecture))
     log = paths.state / "repository.log"
     log.unlink(missing_ok=True)
     download(directory, names, log)

@@ -1,6 +1,6 @@
 """compiler: gcc, ninja and Python's headers, for the extensions that torch and DeepSpeed build on the nodes."""
 
-from roles.compiler.converge import converge, proof
+from roles.compiler.converge import converge, installs, proof
 from roles.compiler.drift import drift
 from roles.compiler.probe import CompilerState, parse, probe
 from roles.compiler.spec import CompilerSpec
@@ -22,6 +22,7 @@ role: Role[CompilerSpec, CompilerState] = Role(
     parse=parse,
     drift=drift,
     converge=converge,
+    installs=installs,
     needs=("packages",),
     facts=(Fact("gcc", "equal per class and os", _version),),
     proof=proof,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from roles.compiler.choose import Choice, choose, headers_package
@@ -40,6 +41,15 @@ def converge(
             "if ! test -e /usr/bin/ninja && test -x /usr/bin/ninja-build; "
             f"then ln -sfn /usr/bin/ninja-build {WRAPPERS}/ninja; fi"
         )
+
+
+def installs(target: Target[CompilerSpec], state: CompilerState) -> list[str]:
+    """The compiler for a node that has none yet, ninja and the headers."""
+    spec = target.spec
+    choice = choose(spec, replace(state, tools={}, candidates=()))
+    names = [*choice.packages] if choice else []
+    names += ["ninja-build"] if spec.ninja else []
+    return [*names, headers_package(state)] if spec.python_headers else names
 
 
 def wrapper(choice: Choice, name: str) -> str:

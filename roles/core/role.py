@@ -148,6 +148,9 @@ class Role(Generic[S, T]):
     remarks(target, state, peers, dry): lines (and their colours) for the user beside the findings,
     said once a run; dry: what would be done is to be shown exactly.
     seconds: time limit of the probe.
+    installs(target, state): system packages that converging may install there, whether the node has them
+    or not, as its manager takes them; an exact version with '*' where a part of it is not known. A bundle
+    for nodes without sources gathers them.
     gate: every other role needs this one; where it is not right, it alone is said, and nothing is changed.
     """
 
@@ -171,6 +174,7 @@ class Role(Generic[S, T]):
     proof_needs: Sequence[str] = ()
     busy: Callable[[T], str | None] | None = None
     remarks: Callable[[Target[S], T, Peers, bool], Iterable[tuple[str, str | None]]] | None = None
+    installs: Callable[[Target[S], T], Iterable[str]] | None = None
     gate: bool = False
 
     @property

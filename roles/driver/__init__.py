@@ -1,7 +1,7 @@
 """driver: the declared NVIDIA driver, built by dkms for this boot and the next, and loaded."""
 
 from roles.core.role import Fact, Role
-from roles.driver.converge import converge, proof
+from roles.driver.converge import converge, installs, proof
 from roles.driver.drift import drift
 from roles.driver.probe import DriverState, parse, probe
 from roles.driver.spec import DriverSpec
@@ -25,6 +25,7 @@ role: Role[DriverSpec, DriverState | None] = Role(
     parse=parse,
     drift=drift,
     converge=converge,
+    installs=installs,
     proof=proof,
     needs=("packages",),
     seconds=30,

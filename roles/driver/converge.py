@@ -15,6 +15,7 @@ from roles.driver.drift import (
     PERSISTENCE,
     Work,
     header_packages,
+    headers_of,
     kernels_that_matter,
     lost,
     persistence_flag,
@@ -26,6 +27,7 @@ from roles.driver.probe import BLOCK_FILE, SEEING, STAMPING, DriverState, Source
 from roles.driver.spec import DriverSpec, Wanted
 from roles.packages.converge import installing
 from roles.packages.fences import closing, exactly
+from roles.packages.managers import full_names
 from roles.packages.spec import PackagesSpec
 
 BUILD_SECONDS = 1800
@@ -183,6 +185,15 @@ def _missing(wanted: Wanted, state: DriverState, ids: set[str]) -> list[str]:
     if "kernel-headers-follow" in ids:
         names += state.following
     return names
+
+
+def installs(target: Target[DriverSpec], state: DriverState | None) -> list[str]:
+    """dkms, the headers that lack of kernels that a module is built for, and the declared packages."""
+    wanted = target.spec.wanted(target.node)
+    if wanted is None or state is None:
+        return []
+    headers = headers_of(state, kernels_that_matter(state))
+    return ["dkms", *headers, *state.following, *full_names(state.manager, wanted.packages)]
 
 
 def converge(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from roles.core.role import Finding, Peers, Target
@@ -117,10 +117,13 @@ def packages_wrong(wanted: Wanted, state: DriverState) -> dict[str, str]:
 
 def header_packages(wanted: Wanted, state: DriverState) -> list[str]:
     """Packages of the headers that lack, of kernels that a module must be built for."""
+    return headers_of(state, [each.kernel for each in work(wanted, state)])
+
+
+def headers_of(state: DriverState, kernels: Sequence[Kernel]) -> list[str]:
+    """Packages of the headers of those kernels that lack them."""
     word = "linux-headers-" if state.manager == "apt" else "kernel-devel-"
-    return [
-        f"{word}{each.kernel.release}" for each in work(wanted, state) if not each.kernel.headers
-    ]
+    return [f"{word}{kernel.release}" for kernel in kernels if not kernel.headers]
 
 
 def drift(target: Target[DriverSpec], state: DriverState | None, peers: Peers) -> list[Finding]:

@@ -16,6 +16,12 @@ SECONDS = 120
 """opensm sweeps a fabric in a few seconds; the other nodes wait for it to be installed and started, too."""
 
 
+def installs(target: Target[FabricSpec], state: FabricState) -> list[str]:
+    """The subnet manager on its node, and what NCCL needs to use adapters."""
+    names = [OPENSM] if target.spec.subnet_manager == target.node.name else []
+    return [*names, VERBS[state.packager]] if target.spec.rdma == "auto" and state.ports else names
+
+
 def converge(
     target: Target[FabricSpec], state: FabricState, peers: Peers, findings: Sequence[Finding]
 ) -> Iterator[Step]:

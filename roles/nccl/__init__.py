@@ -2,7 +2,7 @@
 
 from roles.core.role import Fact, Role
 from roles.nccl.converge import converge
-from roles.nccl.drift import drift, installed, remarks
+from roles.nccl.drift import drift, installed, installs, remarks
 from roles.nccl.probe import NcclState, parse, probe
 from roles.nccl.proof import proof
 from roles.nccl.spec import NcclSpec
@@ -23,6 +23,7 @@ role: Role[NcclSpec, NcclState] = Role(
     parse=parse,
     drift=drift,
     converge=converge,
+    installs=installs,
     proof=proof,
     remarks=remarks,
     needs=("packages", "environment"),

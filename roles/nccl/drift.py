@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
 from inventory.cluster import Cluster
@@ -12,8 +12,9 @@ from roles.environment.probe import archive_of
 from roles.environment.spec import Environments, of_metadata
 from roles.nccl.probe import Library, NcclState
 from roles.nccl.spec import AUTO, DEBS, RPMS, NcclSpec, declared_environments, environment_of
-from roles.nccl.version import cuda_of, nearest, read, upstream_of_distribution
+from roles.nccl.version import Cuda, cuda_of, nearest, read, upstream_of_distribution
 from roles.packages.fences import differing, open_fence
+from roles.packages.managers import full_names
 
 WHEELS = "nvidia-nccl-cu"
 
@@ -61,7 +62,7 @@ def wanted(target: Target[NcclSpec], state: NcclState) -> Wanted | Finding | Non
     """
     spec = target.spec
     folders = archive_folders(spec, target.cluster)
-    cuda = cuda_of(state.facts.get("torch", ""), [*state.distributions, *folders])
+    cuda = _cuda(target, state)
     upstream: str | None
     if spec.version == AUTO:
         upstream = state.facts.get("nccl")
@@ -82,6 +83,22 @@ def wanted(target: Target[NcclSpec], state: NcclState) -> Wanted | Finding | Non
     if package is None and state.offered is None and cuda and cuda[1] is not None:
         package = f"{upstream}-1+cuda{cuda[0]}.{cuda[1]}"
     return Wanted(upstream, package)
+
+
+def _cuda(target: Target[NcclSpec], state: NcclState) -> Cuda | None:
+    folders = archive_folders(target.spec, target.cluster)
+    return cuda_of(state.facts.get("torch", ""), [*state.distributions, *folders])
+
+
+def installs(target: Target[NcclSpec], state: NcclState) -> list[str]:
+    """The packages at the wanted version; where only NCCL's own is known, any revision for that CUDA."""
+    want = wanted(target, replace(state, packages={}, offered=None))
+    if not isinstance(want, Wanted):
+        return []
+    version, cuda = target.spec.version, _cuda(target, state)
+    if version != want.package:
+        version = f"{want.upstream}-*" + (f"+cuda{cuda[0]}.*" if cuda else "")
+    return full_names(state.manager, dict.fromkeys(package_names(target.spec, state), version))
 
 
 def _candidates(names: list[str], state: NcclState) -> set[str]:

@@ -16,4 +16,5 @@ role: Role[PackagesSpec, PackagesState] = Role(
     parse=parse,
     drift=drift,
     converge=converge,
+    installs=lambda target, state: target.spec.names(state.manager),
 )

@@ -22,18 +22,19 @@ def source_text(spec: PackagesSpec, manager: Manager) -> str | None:
         return None
     if manager == "apt":
         lines = [f"deb [trusted=yes] file:{spec.local} ./"] if spec.local else []
-        return HEAD + "".join(f"{line}\n" for line in [*lines, *map(_line, declared)])
+        return HEAD + "".join(f"{line}\n" for line in [*lines, *map(apt_line, declared)])
     parts = []
     if spec.local:
         parts.append(
             f"[{REPOSITORY}]\nname=Lockstep: local packages\nbaseurl=file://{spec.local}\nenabled=1\n"
             "gpgcheck=0\nrepo_gpgcheck=0\nmetadata_expire=1\nmodule_hotfixes=1\n"
         )
-    return HEAD + "\n".join([*parts, *map(_section, declared)])
+    return HEAD + "\n".join([*parts, *map(rpm_section, declared)])
 
 
-def _line(source: Source) -> str:
-    options = f"signed-by={KEYS['apt']}/{key_name(source)}" if source.key else "trusted=yes"
+def apt_line(source: Source, keys: str = KEYS["apt"]) -> str:
+    """A declared source for apt, without a newline at its end. keys: the folder with its key."""
+    options = f"signed-by={keys}/{key_name(source)}" if source.key else "trusted=yes"
     where = " ".join([*source.suites, *source.components]) or "./"
     # One line for all suites would need deb822, which apt of release 18.04 reads with newer options only.
     if len(source.suites) < 2:
@@ -42,12 +43,9 @@ def _line(source: Source) -> str:
     return "\n".join(f"deb [{options}] {source.url} {suite} {parts}" for suite in source.suites)
 
 
-def _section(source: Source) -> str:
-    key = (
-        f"gpgcheck=1\ngpgkey=file://{KEYS['rpm']}/{key_name(source)}"
-        if source.key
-        else "gpgcheck=0"
-    )
+def rpm_section(source: Source, keys: str = KEYS["rpm"]) -> str:
+    """A declared source for dnf and yum. keys: the folder with its key."""
+    key = f"gpgcheck=1\ngpgkey=file://{keys}/{key_name(source)}" if source.key else "gpgcheck=0"
     return (
         f"[lockstep-{source.name}]\nname=Lockstep: {source.name}\nbaseurl={source.url}\nenabled=1\n"
         f"{key}\nrepo_gpgcheck=0\n"

@@ -1,7 +1,7 @@
 """pdsh: usable on every node, over ssh, without complaint."""
 
 from roles.core.role import Role
-from roles.pdsh.converge import converge
+from roles.pdsh.converge import converge, package
 from roles.pdsh.drift import drift
 from roles.pdsh.probe import PdshState, parse, probe
 from roles.pdsh.spec import PdshSpec
@@ -16,5 +16,6 @@ role: Role[PdshSpec, PdshState] = Role(
     parse=parse,
     drift=drift,
     converge=converge,
+    installs=lambda target, state: package(state),
     needs=("packages",),
 )

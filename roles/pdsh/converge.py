@@ -30,5 +30,13 @@ def converge(
         yield Shell("\n".join(lines))
     packages = packages_for_repair(target)
     if "pdsh-modules" in ids and packages is not None:
-        manager: Manager = "apt" if state.dialect == "deb" else "rpm"
-        yield installing(packages, manager, translated(manager, "pdsh"), reinstall=True)
+        yield installing(packages, _manager(state), package(state), reinstall=True)
+
+
+def package(state: PdshState) -> tuple[str, ...]:
+    """What brings pdsh and its way over ssh."""
+    return translated(_manager(state), "pdsh")
+
+
+def _manager(state: PdshState) -> Manager:
+    return "apt" if state.dialect == "deb" else "rpm"

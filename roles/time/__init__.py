@@ -17,6 +17,7 @@ role: Role[TimeSpec, TimeState] = Role(
     parse=parse,
     drift=drift,
     converge=converge,
+    installs=lambda target, state: ["chrony"],
     needs=("packages",),
     facts=(Fact("clock", "equal", clock), Fact("clock offset", "any", offset)),
     head_first=True,

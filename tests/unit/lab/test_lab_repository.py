@@ -39,7 +39,9 @@ def test_an_index_stanza_names_file_size_and_digest() -> None:
 
 
 def test_apt_resolves_against_the_image_and_in_directories_of_its_own() -> None:
-    text = repository.apt_configuration(Path("/w"), Path("/base/var/lib/dpkg/status"), HOST)
+    text = repository.apt_configuration(
+        Path("/w"), Path("/base/var/lib/dpkg/status"), HOST.architecture
+    )
     assert 'Dir::State::status "/base/var/lib/dpkg/status";' in text
     assert 'Dir::Cache "/w/cache";' in text
     assert 'Dir::Etc::sourceparts "-";' in text

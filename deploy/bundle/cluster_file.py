@@ -1,0 +1,58 @@
+"""The bundle's cluster file: the user's own, with what the bundle holds in place of sources and other paths."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+HEADER = (
+    "# Written by 'lockstep bundle' from {name}; the next one writes it again. Paths of the bundle count from\n"
+    "# this file's folder. Keys and passwords are not in the bundle: those paths are as they were.\n"
+)
+
+
+def rewritten(path: Path, values: Mapping[str, Any], files: Mapping[str, str], job: bool) -> str:
+    """The text. path, values: the user's file as it was read, and what it says.
+
+    files: the archive in the bundle of each environment. job: the job file lies beside as ``job.yaml``.
+    """
+    declared = copy.deepcopy(dict(values))
+    folder = path.absolute().parent
+    for ssh in (declared.get("ssh"), *((one or {}).get("ssh") for one in _nodes(declared))):
+        _own_paths(ssh, folder)
+    packages = {**(declared.get("packages") or {}), "bundle": "."}
+    packages.pop("local", None)
+    packages.pop("sources", None)
+    declared["packages"] = packages
+    for name, archive in files.items():
+        one = declared["environments"][name]
+        for key in ("directory", "requirements", "python", "conda", "wheels", "index"):
+            one.pop(key, None)
+        one["archive"] = archive
+        if one.get("pins"):
+            one["wheels"] = f"wheels/{name}"
+    if job:
+        declared["job"] = "job.yaml"
+    return HEADER.format(name=path.name) + yaml.safe_dump(
+        declared, sort_keys=False, allow_unicode=True, width=100
+    )
+
+
+def _nodes(declared: Mapping[str, Any]) -> list[Any]:
+    return list(declared["nodes"].values())
+
+
+def _own_paths(ssh: Any, folder: Path) -> None:
+    """What counted from the user's file counts from nothing now."""
+    if not isinstance(ssh, dict):
+        return
+    for where, key in ((ssh, "key"), (ssh, "known_hosts"), (ssh.get("sudo"), "password_file")):
+        if not isinstance(where, dict):
+            continue
+        found = where.get(key)
+        if isinstance(found, str) and not found.startswith(("/", "~")):
+            where[key] = str(folder / found)

@@ -1,0 +1,224 @@
+"""What a bundle keeps, fetches again and takes away; the file that uses it; and what it says where something lacks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from deploy.bundle import cli, debs, rpms, wanted
+from deploy.bundle.cluster_file import rewritten
+from deploy.bundle.store import BundleError, Store, digest
+from deploy.bundle.tools import reason
+from deploy.bundle.wanted import System, Wanted
+from inventory.cluster import Cluster
+from roles import registry
+from roles.packages import bundle as manifests
+
+DEBIAN = System(
+    id="debian", release="12", machine="x86_64", manager="apt", nodes=["node1"], packages=["zstd"]
+)
+ROCKY = DEBIAN.model_copy(update={"id": "rocky", "release": "9.3", "manager": "rpm"})
+
+
+def filled(folder: Path, *names: str) -> None:
+    """A whole bundle with files of these names."""
+    store = Store(folder)
+    store.begin()
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+        store.keep(name)
+    store.close()
+
+
+# --- the folder ---
+
+
+def test_without_a_whole_last_run_a_folder_is_no_bundle(tmp_path: Path) -> None:
+    filled(tmp_path, "packages/a/x.deb")
+    assert list(manifests.read(tmp_path).files) == ["packages/a/x.deb"]
+    Store(tmp_path)  # asks the nodes, no more
+    assert (tmp_path / "manifest.json").exists()
+    Store(tmp_path).begin()  # gathers, and ends in a power cut
+    assert not (tmp_path / "manifest.json").exists()
+    again = Store(tmp_path)
+    assert again.has("packages/a/x.deb")  # what it was is not forgotten
+
+
+def test_what_is_damaged_is_not_there_and_what_is_foreign_goes(tmp_path: Path) -> None:
+    names = ("packages/a/x.deb", "packages/a/y.deb", "wheels/main/z.whl")
+    filled(tmp_path, *names)
+    (tmp_path / names[0]).write_text("damaged")
+    (tmp_path / names[1]).write_text(names[1].upper())  # of the same size
+    store = Store(tmp_path)
+    assert [store.has(name) for name in names] == [False, False, True]
+    store.close()
+    left = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()]
+    assert sorted(left) == ["manifest.json", "wheels/main/z.whl"]
+
+
+def test_a_file_is_copied_once_and_again_when_either_side_changed(tmp_path: Path) -> None:
+    source, folder = tmp_path / "train.tar.zst", tmp_path / "bundle"
+    folder.mkdir()
+    name = "environments/main/train.tar.zst"
+
+    def run() -> bool:
+        store = Store(folder)
+        copied = store.copy(source, name)
+        store.close()
+        return copied
+
+    source.write_text("an archive")
+    assert run() and not run()
+    (folder / name).write_text("AN archive")
+    assert run() and (folder / name).read_text() == "an archive"
+    source.write_text("a newer one")
+    assert run() and not run()
+    with pytest.raises(BundleError, match=r"nowhere cannot be copied: No such file"):
+        Store(folder).copy(tmp_path / "nowhere", "wheels/x.whl")
+
+
+def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(BundleError, match="holds other things"):
+        Store(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+# --- packages ---
+
+
+def test_apts_list_of_files_is_read_with_their_digests() -> None:
+    text = (
+        "Reading package lists...\n"
+        f"'http://m/p/g/g++_4%3a12.deb' g++_4%3a12_amd64.deb 1234 SHA256:{'a' * 64}\n"
+        f"'file:/srv/p/zstd_1.deb' zstd_1_amd64.deb 5 SHA256:{'b' * 64}\n"
+    )
+    assert debs.parse_uris(text) == [
+        debs.File("http://m/p/g/g++_4%3a12.deb", "g++_4%3a12_amd64.deb", 1234, "a" * 64),
+        debs.File("file:/srv/p/zstd_1.deb", "zstd_1_amd64.deb", 5, "b" * 64),
+    ]
+    for old in ("'http://m/x.deb' x.deb 1 MD5Sum:abc", "'http://m/x.deb' x.deb 1"):
+        with pytest.raises(BundleError, match="no SHA-256"):
+            debs.parse_uris(old)
+
+
+@pytest.mark.parametrize("gather", [debs.gather, rpms.gather])
+def test_a_system_without_any_source_is_named_with_its_nodes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gather: Callable[..., Any]
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda tool: tool)
+    foreign = DEBIAN if gather is debs.gather else ROCKY
+    foreign = foreign.model_copy(update={"release": "3"})
+    with pytest.raises(BundleError, match=r"no source of packages for \w+-3-x86_64 \(node1\)"):
+        gather(Store(tmp_path), foreign, [], tmp_path / "work")
+
+
+def test_without_dnf_the_user_is_told_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda tool: None if tool == "dnf" else tool)
+    with pytest.raises(BundleError, match="install dnf on this machine"):
+        rpms.gather(Store(tmp_path), ROCKY, ["[m]"], tmp_path / "work")
+
+
+# --- what the nodes want ---
+
+CLUSTER = """\
+cluster: pair
+ssh: {user: root, known_hosts: hosts}
+nodes:
+  gpu-a: {address: 192.168.20.14}
+  gpu-b: {address: 192.168.20.15, ssh: {user: ops, sudo: {password_file: ops.password}}}
+storage: {kind: existing, path: /data}
+packages:
+  install: [pdsh, zstd]
+  sources: [{name: m, os: apt, url: "file:/srv/mirror"}]
+environments:
+  main: {archive: main.tar, pins: {protobuf: "3.20"}, index: "https://pypi.example/simple"}
+  other: {archive: ~/other.tar}
+"""
+
+
+def cluster_in(folder: Path) -> Cluster:
+    (folder / "ops.password").write_text("x\n")
+    (folder / "ops.password").chmod(0o600)
+    (folder / "cluster.yaml").write_text(CLUSTER)
+    return registry.read(folder / "cluster.yaml")
+
+
+def test_where_the_nodes_cannot_be_reached_what_they_said_before_counts_for_that_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster, folder, said = cluster_in(tmp_path), tmp_path / "bundle", list[str]()
+    answer = Wanted(cluster=digest(cluster.path), systems=[DEBIAN])
+    monkeypatch.setattr(wanted, "ask", lambda cluster: answer)
+    cli.bundle(cluster, folder, True, said.append)
+    assert said == ["debian-12-x86_64: node1 want zstd"]
+    assert json.loads((folder / "wanted.json").read_text())["systems"][0]["packages"] == ["zstd"]
+
+    def unreachable(cluster: Cluster) -> Wanted:
+        raise BundleError("gpu-a: cannot connect")
+
+    monkeypatch.setattr(wanted, "ask", unreachable)
+    asked: list[str] = []
+
+    def gather(store: Store, system: System, sources: list[str], work: Path) -> Any:
+        asked.append(f"{system.folder}: {sources}")
+        raise BundleError("that is enough")
+
+    monkeypatch.setattr(debs, "gather", gather)
+    with pytest.raises(BundleError, match="that is enough"):
+        cli.bundle(cluster, folder, False, said.append)
+    assert asked == ["debian-12-x86_64: ['deb [trusted=yes] file:/srv/mirror ./']"]
+    with pytest.raises(BundleError, match="run this with --ask, and carry"):
+        cli.bundle(cluster, tmp_path / "empty", False, said.append)
+    cluster.path.write_text(f"{CLUSTER}time: {{}}\n")
+    with pytest.raises(BundleError, match="changed since its nodes were asked"):
+        cli.bundle(cluster, folder, False, said.append)
+
+
+def test_the_file_of_the_bundle_uses_what_it_holds_and_finds_what_it_does_not(
+    tmp_path: Path,
+) -> None:
+    cluster = cluster_in(tmp_path)
+    files = {"main": "environments/main/main.tar", "other": "environments/other/other.tar"}
+    text = rewritten(cluster.path, yaml.safe_load(CLUSTER), files, job=False)
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    filled(folder, "packages/debian-12-x86_64/Packages")
+    (folder / "cluster.yaml").write_text(text)
+    found = registry.read(folder / "cluster.yaml")
+    assert found.ssh.known_hosts == tmp_path / "hosts"
+    assert found.nodes["gpu-b"].ssh.sudo == cluster.nodes["gpu-b"].ssh.sudo
+    declared = yaml.safe_load(text)
+    assert declared["packages"] == {"install": ["pdsh", "zstd"], "bundle": "."}
+    assert declared["environments"] == {
+        "main": {"archive": files["main"], "pins": {"protobuf": "3.20"}, "wheels": "wheels/main"},
+        "other": {"archive": files["other"]},
+    }
+
+
+@pytest.mark.parametrize(
+    ("said", "cause"),
+    [
+        ("Reading…\nE: Unable to locate package x\n", "E: Unable to locate package x"),
+        ("Error: Unable to find a match: x\n", "Error: Unable to find a match: x"),
+        (
+            "Error: \n Problem 1: conflicting requests\n  - nothing provides /bin/sh needed by a\n"
+            "  - nothing provides y needed by a\n Problem 2: z\n(try to add '--skip-broken')\n",
+            "nothing provides /bin/sh needed by a; nothing provides y needed by a",
+        ),
+        (
+            "Error: \n Problem: package a requires b, but none can be installed\n  - conflicting requests\n",
+            "package a requires b, but none can be installed",
+        ),
+    ],
+)
+def test_of_a_failed_tool_the_cause_is_told(said: str, cause: str) -> None:
+    assert reason(said, 1) == cause
