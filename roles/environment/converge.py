@@ -242,7 +242,10 @@ def mend_in_place(one: Declared, archive: Archive) -> str:
 
 def link(one: Declared) -> str:
     """Shell: the commands in /usr/local/bin; a file there that is no link is left alone."""
-    words = " ".join(map(quote, one.linked))
+    optional = "".join(
+        f" $([ ! -f {quote(one.prefix)}/bin/{name} ] || echo {name})" for name in one.optional
+    )
+    words = " ".join(map(quote, one.linked)) + optional
     return (
         f"mkdir -p {BIN_ON_PATH}\nfor c in {words}; do l={BIN_ON_PATH}/$c\n"
         '  if [ -L "$l" ] || ! [ -e "$l" ]; then\n'

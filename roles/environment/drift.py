@@ -46,6 +46,7 @@ def wanted_stamp(one: Declared, archive: Archive) -> str:
 def wanted_proof(one: Declared) -> dict[str, list[str]]:
     """What the proof must show, as ``prove.py`` takes it."""
     wanted = {"imports": one.spec.imports, "commands": one.spec.commands, "linked": one.linked}
+    wanted["optional"] = one.optional
     if one.spec.pins:
         wanted["pins"] = sorted(map(normal_name, one.spec.pins))
     return wanted
@@ -244,11 +245,12 @@ def _strange(one: Declared, seen: Seen) -> Iterator[str]:
 
 
 def _links(one: Declared, seen: Seen) -> Iterator[Pair]:
-    absent = [name for name in one.linked if seen.links.get(name, "absent") == "absent"]
-    foreign = [name for name in one.linked if seen.links.get(name) == "foreign"]
+    names = [*one.linked, *(name for name in one.optional if name in seen.links)]
+    absent = [name for name in names if seen.links.get(name, "absent") == "absent"]
+    foreign = [name for name in names if seen.links.get(name) == "foreign"]
     elsewhere = [
         f"{name} to {seen.links[name]}"
-        for name in one.linked
+        for name in names
         if seen.links.get(name, "absent") not in ("ok", "absent", "foreign")
     ]
     if absent or elsewhere:
@@ -257,7 +259,7 @@ def _links(one: Declared, seen: Seen) -> Iterator[Pair]:
             Action.LINK,
             Finding(
                 "launcher-not-found",
-                f"{', '.join(one.linked)} in {BIN_ON_PATH} lead to {one.prefix}",
+                f"{', '.join(names)} in {BIN_ON_PATH} lead to {one.prefix}",
                 ", ".join(found),
                 "the links are written",
             ),

@@ -130,8 +130,10 @@ def _probe_one(one: Declared, archive: Archive | None) -> str:
         if home
         else ""
     )
-    commands = " ".join(map(quote, one.spec.commands))
+    commands = " ".join(map(quote, [*one.spec.commands, *one.optional]))
     links = " ".join(map(quote, one.linked))
+    if one.on_path:
+        links += "".join(f' $([ ! -f "$P/bin/{name}" ] || echo {name})' for name in one.optional)
     return (
         f"P={quote(one.prefix)}\nprintf 'environment %s\\n' {quote(one.name)}\n"
         'if [ -d "$P" ]; then echo "tree directory"\n'

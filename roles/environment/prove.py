@@ -7,7 +7,7 @@ the distributions, the interpreter and the commands; this one also sees every fi
 (0.2 s for 25,000 files that are not), and reads all of them again when asked to (1.8 s a GB on two cores).
 
     python -m roles.environment.prove PREFIX WANTED [stale | files]
-        WANTED: JSON of imports, commands, linked, pins, and of the job's variables under "unit"
+        WANTED: JSON of imports, commands, linked, optional, pins, and of the job's variables under "unit"
         stale: do nothing where a valid stamp lies; files: only read all files again
 """
 
@@ -52,14 +52,16 @@ def key(stamp: str, distributions: list[str], interpreter: str, wanted: Mapping[
     its own role and changes more often than the environment.
     """
     others = sorted(name for name in distributions if not normal(name).startswith(OWN))
-    proved = {name: wanted[name] for name in ("imports", "commands", "linked")}
+    proved = {name: wanted[name] for name in ("imports", "commands", "linked", "optional")}
     parts = json.dumps([VERSION, stamp.strip(), others, interpreter, proved], sort_keys=True)
     return hashlib.sha256(parts.encode()).hexdigest()
 
 
 def tree_key(stamp: str, distributions: list[str]) -> str:
     """What the list of files stands on: with another key they have been changed by right."""
-    return key(stamp, distributions, "", {"imports": [], "commands": [], "linked": []})
+    return key(
+        stamp, distributions, "", {"imports": [], "commands": [], "linked": [], "optional": []}
+    )
 
 
 def of_pins(distributions: Iterable[str], wanted: Mapping[str, Any]) -> list[str]:
@@ -116,7 +118,8 @@ def start_commands(
     """Start each command as a login finds it; and what could not be found or started."""
     started: list[Started] = []
     problems = []
-    for name in wanted["commands"]:
+    optional = [name for name in wanted["optional"] if (prefix / "bin" / name).exists()]
+    for name in [*wanted["commands"], *optional]:
         path = str(prefix / "bin" / name)
         if name in wanted["linked"]:
             found = shutil.which(name)

@@ -106,7 +106,8 @@ class Environment(Strict):
     python: the version that ``requirements`` is for, major.minor.
     prefix: where it lives on the nodes; None means /opt/lockstep/envs/NAME.
     imports: modules that must import there.
-    commands: programs of its ``bin`` that must run there.
+    commands: programs of its ``bin`` that must run there; where none are given, also accelerate if it
+        is in the environment.
     on_path: links to these commands in /usr/local/bin, so that a shell without activation finds them
         (never one called python or pip); None means yes for the only environment, no beside others.
     pins: distribution name to the exact version that replaces the archive's own.
@@ -177,6 +178,7 @@ class Declared:
     """One environment with its name and everything that follows from it.
 
     linked: the commands that /usr/local/bin must lead to this environment.
+    optional: commands of which the same holds where the environment has them.
     """
 
     name: str
@@ -189,6 +191,11 @@ class Declared:
         """Never python or pip: those names in /usr/local/bin would hide the system's own."""
         names = self.spec.commands if self.on_path else []
         return [name for name in names if not re.match(r"(python|pip)[0-9.]*$", name)]
+
+    @property
+    def optional(self) -> list[str]:
+        """Launchers that many environments have, and many have not."""
+        return [] if "commands" in self.spec.model_fields_set else ["accelerate"]
 
 
 class Environments(Spec):

@@ -239,6 +239,22 @@ def test_a_command_that_the_archive_never_had_is_the_users_to_mend() -> None:
     assert steps(seen) == []
 
 
+def test_accelerate_is_linked_where_the_environment_has_it_and_nobody_named_the_commands() -> None:
+    script = Command(f"#!{PREFIX}/bin/python", True)
+    seen = replace(
+        right(),
+        commands={**right().commands, "accelerate": script},
+        links={**right().links, "accelerate": "absent"},
+    )
+    (finding,) = findings(seen)
+    assert (finding.id, finding.seen) == ("launcher-not-found", "no accelerate")
+    (step,) = steps(seen)
+    assert f"[ ! -f {PREFIX}/bin/accelerate ] || echo accelerate" in step.command
+    assert ids(replace(seen, links={**right().links, "accelerate": "ok"})) == []
+    named = Environments.model_validate({"llm": {"archive": "/a.tar", "commands": ["torchrun"]}})
+    assert "accelerate" not in probe(target(section=named)) and named.each()[0].optional == []
+
+
 @pytest.mark.parametrize("leads", ["absent", "/opt/lockstep/envs/old/bin/torchrun"])
 def test_a_missing_or_misled_link_is_written(leads: str) -> None:
     seen = replace(right(), links={"torchrun": leads, "deepspeed": "ok"})

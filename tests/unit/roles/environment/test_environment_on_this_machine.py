@@ -24,6 +24,7 @@ from roles import environment, pins, trainer
 from roles.core.role import Finding, Role, Target
 from roles.core.steps import Shell, Upload
 from roles.environment import manifest
+from roles.environment.prove import start_commands
 from roles.environment.spec import Environments
 from roles.trainer.spec import TrainerSpec
 from tests.unit.roles.environment.made import CONDA, pack
@@ -308,6 +309,18 @@ def test_what_is_no_part_of_an_environment_is_not_compared(right: Machine) -> No
     (right.prefix / "var/cache").mkdir(parents=True)
     (right.prefix / "var/cache/fonts").write_text("x")
     assert prove(right) == "" and prove(right, deep=True) == ""
+
+
+def test_accelerate_is_proved_where_the_environment_has_it(right: Machine) -> None:
+    wanted = {"commands": ["greet"], "linked": [], "optional": ["accelerate"]}
+    started, _ = start_commands(right.prefix, wanted)
+    assert [one.path for one in started] == [f"{right.prefix}/bin/greet"]
+    script = right.prefix / "bin/accelerate"
+    script.write_text("#!/bin/sh\necho no torch >&2; exit 1\n")
+    script.chmod(0o755)
+    started, found = start_commands(right.prefix, wanted)
+    assert [one.problem() for one in started] == [None, f"{script} --help fails: no torch"]
+    assert found == []
 
 
 def test_only_the_deep_proof_sees_bytes_that_changed_by_themselves(right: Machine) -> None:
