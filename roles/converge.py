@@ -29,10 +29,11 @@ from inventory.errors import InventoryProblem
 from inventory.job import check_job, load_job
 from roles import registry
 from roles.core import session
+from roles.core.chain import Chain, upload
 from roles.core.look import AnyRole, Looks, target_of
 from roles.core.role import PROOF_SECONDS, Finding, Target, Unreadable, required
 from roles.core.steps import Download, Meet, NewLogin, Shell, Step, Upload, UploadFolder
-from roles.core.upload import download, upload, upload_folder
+from roles.core.upload import download, upload_folder
 
 ROUNDS = 2
 """A repair may uncover something else to repair: a start that nobody goes on with is a job to resume."""
@@ -55,6 +56,7 @@ class Run:
         self._done: set[tuple[str, str]] = set()
         self._met: dict[tuple[str, str], set[str]] = {}
         self._obstacles: dict[str, list[str]] = {}
+        self._chains: dict[Upload, Chain] = {}
         self._judging = RLock()
 
     @classmethod
@@ -265,6 +267,11 @@ class Run:
             gevent.sleep(0.02)
         return None
 
+    def chain(self, step: Upload) -> Chain:
+        """The nodes that get this file in this run; a step that is not relayed is alone."""
+        fresh = Chain(step, self.cluster.nodes)
+        return self._chains.setdefault(step, fresh) if step.relayed else fresh
+
     def done(self, role: AnyRole, node: Host) -> None:
         """This role's operation has ended on the node, well or not."""
         self._done.add((role.name, node.name))
@@ -338,7 +345,7 @@ def _carry_out(state: State, host: Host, step: Step) -> bool:
             case Shell():
                 session.run(host, f"set -e\n{step.command}", step.seconds, step.show)
             case Upload():
-                upload(host, step)
+                upload(host, step, Run.of(state).chain(step))
             case Download():
                 download(host, step)
             case UploadFolder():

@@ -1,7 +1,7 @@
-"""archives: what the environments are unpacked from travels once, to the shared storage, by way of the head.
+"""archives: what the environments are unpacked from travels once: to the shared storage by way of the head,
+or to one node, from which each passes it on to the next.
 
-A role of its own, so that all nodes unpack at the same time once the archive has arrived. Without a
-shared storage there is nothing to do: the environment role brings the archive to each node.
+A role of its own, so that all nodes unpack at the same time once the archive has arrived.
 """
 
 from roles.archives.converge import converge
@@ -20,5 +20,4 @@ role: Role[Environments, ArchivesState] = Role(
     drift=drift,
     converge=converge,
     needs=("storage",),
-    head_first=True,
 )

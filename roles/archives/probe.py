@@ -1,10 +1,11 @@
-"""Which archive each environment of a node came from, and which archives lie on the shared storage."""
+"""Which archives the node has unpacked, which lie where it finds them, and keys of past transfers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from roles.core import relay
 from roles.core.role import Target, Unreadable, whole
 from roles.core.steps import quote
 from roles.environment import parcel
@@ -16,32 +17,41 @@ from roles.environment.spec import Environments
 
 @dataclass(frozen=True)
 class ArchivesState:
-    """unpacked: environment to the SHA-256 of its archive. parcels: places that hold an archive."""
+    """unpacked: environment to the SHA-256s of the archives of its whole trees, at the prefix and beside it.
 
-    unpacked: Mapping[str, str]
+    parcels: places that hold an archive. stale_keys: names of one-time keys whose transfer is over.
+    """
+
+    unpacked: Mapping[str, frozenset[str]]
     parcels: frozenset[str]
+    stale_keys: frozenset[str] = frozenset()
     node: Offer = Offer()
 
 
 def probe(target: Target[Environments]) -> str:
-    """What the node offers, then lines ``parcel PATH`` and ``stamp NAME JSON``; ``end`` is the last."""
+    """What the node offers, then ``stamp NAME JSON``, ``parcel PATH`` and ``key NAME``; ``end`` is the last."""
     parts, parcels = [], []
     for one in target.spec.each():
         archive = archive_of(target.cluster, one)
         if archive:
             parcels.append(parcel_of(target.cluster, one, archive))
-        stamp = quote(f"{one.prefix}/{STAMP}")
+        prefix = quote(one.prefix)
         parts.append(
-            f"if [ -f {stamp} ]; then IFS= read -r l <{stamp}; printf 'stamp %s %s\\n' {one.name} \"$l\"; fi\n"
+            f"for t in {prefix} {prefix}.lockstep-old {prefix}.lockstep-new-*; do\n"
+            f'  if [ -f "$t/{STAMP}" ]; then IFS= read -r l <"$t/{STAMP}"\n'
+            f"    printf 'stamp %s %s\\n' {one.name} \"$l\"; fi\ndone\n"
         )
-    return "".join([PROBE, *parts, parcel.probe(parcels, target.cluster), "echo end\n"])
+    home = f"cd ~{target.node.ssh.user} 2>/dev/null || cd /"  # a name that needs no quotes
+    keys = f"{home}\nauthorized=.ssh/authorized_keys\n{relay.STALE.strip()} | sed 's/^/key /'\n"
+    return "".join([PROBE, *parts, parcel.probe(parcels, target.cluster), keys, "echo end\n"])
 
 
 @whole
 def parse(text: str) -> ArchivesState:
     """The state that ``probe`` printed."""
-    unpacked: dict[str, str] = {}
+    unpacked: dict[str, set[str]] = {}
     parcels: set[str] = set()
+    keys: set[str] = set()
     node, rest = offer(text)
     for line in rest.split("\n"):
         word, _, value = line.partition(" ")
@@ -49,7 +59,10 @@ def parse(text: str) -> ArchivesState:
             parcels.add(value)
         elif word == "stamp":
             name, _, stamp = value.partition(" ")
-            unpacked[name] = str(stamp_values(stamp).get("archive", ""))
+            unpacked.setdefault(name, set()).add(str(stamp_values(stamp).get("archive", "")))
+        elif word == "key" and value.startswith(relay.MARK):
+            keys.add(value)
         elif line:
             raise Unreadable(f"unexpected line {line!r}")
-    return ArchivesState(unpacked, frozenset(parcels), node)
+    whole_trees = {name: frozenset(found) for name, found in unpacked.items()}
+    return ArchivesState(whole_trees, frozenset(parcels), frozenset(keys), node)

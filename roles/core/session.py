@@ -67,15 +67,15 @@ def new_login(node: Host) -> None:
     connect(node)
 
 
-def run(node: Host, script: str, seconds: int, show: bool = False) -> Output:
-    """Run a script as root with ``sh``; its standard input is empty.
+def run(node: Host, script: str, seconds: int, show: bool = False, root: bool = True) -> Output:
+    """Run a script as root with ``sh``, or as the login user; its standard input is empty.
 
     seconds: after these the command counts as failed. show: print its lines as they arrive.
     Raises NodeFailed with the last line of standard error, or with what broke the connection.
     """
     arguments: dict[str, Any] = {"_timeout": seconds, "_sudo": False}
     command = StringCommand(script)
-    if node.data.get("_sudo"):
+    if root and node.data.get("_sudo"):
         password = node.data.get("_sudo_password")
         arguments["_stdin"] = f"{password}\n" if password else None
         asking = "-S -p ''" if password else "-n"

@@ -10,7 +10,8 @@ import base64
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
+from pathlib import Path, PurePosixPath
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,10 @@ class Shell:
 class Upload:
     """Copy a file of the control machine to a path on the node, whole or not at all.
 
-    It arrives beside the destination, its SHA-256 is checked there, and it is renamed.
+    It arrives beside the destination, its SHA-256 is checked there, and it is renamed. One that broke
+    off is continued by the next.
+
+    relayed: nodes that carry out the same step at the same time pass it on from one to the next.
     """
 
     source: Path
@@ -37,6 +41,18 @@ class Upload:
     sha256: str
     mode: str = "0644"
     seconds: int = 3600
+    relayed: bool = False
+
+    @cached_property
+    def size(self) -> int:
+        """Of the file, in bytes. Raises OSError."""
+        return self.source.stat().st_size
+
+    @cached_property
+    def part(self) -> PurePosixPath:
+        """Where it grows on the node."""
+        whole = PurePosixPath(self.destination)
+        return whole.parent / f".{whole.name}.arriving" / self.sha256
 
 
 @dataclass(frozen=True)

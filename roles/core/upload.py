@@ -1,4 +1,4 @@
-"""Brings files of the control machine to a node over SFTP, or one of a node here, whole or not at all."""
+"""Brings a folder's files to a node over SFTP, or one file of a node here, whole or not at all."""
 
 from __future__ import annotations
 
@@ -11,28 +11,7 @@ from paramiko import SSHException
 from pyinfra.api.host import Host
 
 from roles.core import session
-from roles.core.steps import Download, Upload, UploadFolder, quote
-
-
-def upload(node: Host, step: Upload) -> None:
-    """Carry out an Upload. Raises NodeFailed; the destination then is what it was.
-
-    The login user may be unable to write where root can, so the file arrives in a folder of the
-    login user (mode 0700) beside the destination, on the same file system.
-    """
-    destination = PurePosixPath(step.destination)
-    landing = destination.parent / f".{destination.name}.arriving"
-    part = landing / "part"
-    session.run(node, f"set -e\n{_prepared(node, landing)}", 60)
-    _put(node, step.source, part, step.seconds)
-    session.run(
-        node,
-        f"set -e\necho {quote(f'{step.sha256}  {part}')} | sha256sum -c --quiet - >&2\n"
-        f"chown 0:0 {quote(str(part))}; chmod {step.mode} {quote(str(part))}\n"
-        f"mv -f {quote(str(part))} {quote(str(destination))}; rm -rf {quote(str(landing))}",
-        step.seconds,
-    )
-
+from roles.core.steps import Download, UploadFolder, quote
 
 # Lines of LIST: digest and path. A file arrives under its digest.
 _PLACE = r"""

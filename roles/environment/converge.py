@@ -80,10 +80,12 @@ def converge(
                 yield Shell(alone(command), UNPACK_SECONDS)
         elif Action.FINISH in actions:
             yield Shell(alone(put_in_place(one, archive)), UNPACK_SECONDS)
+        elif Action.PUT_BACK in actions:
+            yield Shell(alone(put_back(one, archive)), UNPACK_SECONDS)
         elif Action.MEND in actions:
             yield Shell(alone(mend_in_place(one, archive)), UNPACK_SECONDS)
         if Action.CLEAN in actions:
-            yield Shell(alone(f"rm -rf {quote(one.prefix)}.lockstep-new-*"), UNPACK_SECONDS)
+            yield Shell(alone(f"P={quote(one.prefix)}\n{_clean(one)}"), UNPACK_SECONDS)
         if Action.LINK in actions:
             yield Shell(link(one))
 
@@ -211,7 +213,7 @@ def _stamp(variable: str, one: Declared, archive: Archive) -> str:
 
 
 def put_in_place(one: Declared, archive: Archive, stamped: bool = True) -> str:
-    """Shell: the tree beside becomes the environment; the one before is kept once.
+    """Shell: the tree beside becomes the environment; the one before is kept, where that is declared.
 
     What Lockstep did not make is kept for good, as ``PREFIX.before-lockstep``.
     """
@@ -220,13 +222,45 @@ def put_in_place(one: Declared, archive: Archive, stamped: bool = True) -> str:
         # An earlier run that went on may have done it since the node was looked at.
         + (f'[ -f "$N"/{STAMP} ] || exit 0\n' if stamped else _stamp("N", one, archive))
         + 'if [ -e "$P" ] || [ -L "$P" ]; then\n'
-        f'  if [ -e "$P/{STAMP}" ] || [ -e "$P/{ASIDE}" ] || [ -e "$P.before-lockstep" ]; then\n'
-        '    O=$P.lockstep-old; rm -rf "$O"\n'
+        # One of the same archive, or that pip left half, is no earlier version: it is damaged.
+        f'  if grep -q {archive.sha256} "$P/{STAMP}" 2>/dev/null || [ -e "$P/{ASIDE}" ]; then\n'
+        "    O=$P.lockstep-new-damaged\n"
+        f'  elif [ -e "$P/{STAMP}" ] || [ -e "$P.before-lockstep" ]; then O=$P.lockstep-old\n'
         "  else O=$P.before-lockstep; fi\n"
-        '  mv -T "$P" "$O"\nfi\n'
+        '  if [ "$O" != "$P.before-lockstep" ]; then rm -rf "$O"; fi\n'
+        f'  mv -T "$P" "$O"\n  rm -f "$P.lockstep-new-damaged/{STAMP}"\nfi\n'
         'mv -T "$N" "$P"\n'
         'sync "${P%/*}"\n'
-        'for n in "$P".lockstep-new-*; do rm -rf "$n"; done\n'
+        'rm -rf "$P".lockstep-new-*\n'
+        f"{_clean(one)}"
+    )
+
+
+def put_back(one: Declared, archive: Archive) -> str:
+    """Shell: the kept tree becomes the environment again, and the environment the kept tree."""
+    return (
+        f"P={quote(one.prefix)}\n"
+        # An earlier run that went on may have done it since the node was looked at.
+        f'grep -q {archive.sha256} "$P.lockstep-old/{STAMP}" || exit 0\n'
+        'if [ -e "$P" ]; then\n'
+        '  rm -rf "$P".lockstep-new-*\n'
+        f'  b=$(sed -n \'s/.*"archive": "\\([0-9a-f]\\{{12\\}}\\).*/\\1/p\' "$P/{STAMP}")\n'
+        '  mv -T "$P" "$P.lockstep-new-$b"\nfi\n'
+        'mv -T "$P.lockstep-old" "$P"\n'
+        'sync "${P%/*}"\n'
+        f"{_clean(one)}"
+    )
+
+
+def _clean(one: Declared) -> str:
+    """Shell: beside $P stays at most one earlier tree that was whole, where one is to be kept."""
+    keep = (
+        f'[ -f "$n/{STAMP}" ] && ! [ -e "$P.lockstep-old" ] && mv -T "$n" "$P.lockstep-old"'
+        if one.spec.keep
+        else "false"
+    )
+    return f'for n in "$P".lockstep-new-*; do {keep} || rm -rf "$n"; done\n' + (
+        "" if one.spec.keep else 'rm -rf "$P.lockstep-old"\n'
     )
 
 

@@ -23,8 +23,9 @@ class Action(Enum):
     NONE = "nothing that converging can do, or the proof alone"
     UNPACK = "put the archive in place"
     FINISH = "put the tree in place that lies whole beside the prefix"
+    PUT_BACK = "put the earlier tree back that is kept beside the prefix"
     MEND = "mend the tree where it lies"
-    CLEAN = "remove what a broken-off change left"
+    CLEAN = "remove trees beside the prefix that nobody needs"
     LINK = "write the links in /usr/local/bin"
 
 
@@ -143,6 +144,15 @@ def _tree(one: Declared, seen: Seen, archive: Archive) -> Iterator[Pair]:
             ),
         )
         return
+    kept = stamp_values(seen.kept or "")
+    same = kept.get("archive") == archive.sha256 and kept.get("prefix") == one.prefix
+    if same and seen.tree != "file" and (stamp or seen.tree == "absent"):
+        other = f"archive {str(stamp.get('archive'))[:12]}" if stamp else "nothing"
+        if stamp.get("archive") != archive.sha256:
+            id = "environment-version" if stamp else "environment-missing"
+            fix = "the earlier tree that is kept beside it is put back"
+            yield Action.PUT_BACK, different(id, other, fix)
+            return
     if not stamp:
         what = {
             "absent": "nothing",
@@ -214,6 +224,16 @@ def _tree(one: Declared, seen: Seen, archive: Archive) -> Iterator[Pair]:
                 f"nothing beside {one.prefix}",
                 ", ".join(f"{one.prefix}{name}" for name in sorted(seen.fresh)),
                 "what a broken-off change left is removed",
+            ),
+        )
+    if seen.kept is not None and not one.spec.keep:
+        yield (
+            Action.CLEAN,
+            Finding(
+                "environment-kept",
+                f"no earlier tree of {one.name} (keep: 0)",
+                f"{one.prefix}.lockstep-old",
+                "it is removed",
             ),
         )
 

@@ -1,4 +1,4 @@
-"""Files that travel from the control machine to nodes: once to the shared storage, or else to each node.
+"""Files that travel from the control machine to nodes: once to the shared storage, or else to the nodes.
 
 A parcel is named by its content, so what lies under its name is it: it arrives beside its place, is
 checked there and renamed.
@@ -21,19 +21,23 @@ LOCAL = "/var/lib/lockstep"
 
 @dataclass(frozen=True)
 class Parcel:
-    """source: on the control machine. place: below the depot or /var/lib/lockstep, with the content's name."""
+    """source: on the control machine. place: below the depot or /var/lib/lockstep, with the content's name.
+
+    by_nodes: it never goes to the shared storage; one node passes it on to the next.
+    """
 
     source: Path
     sha256: str
     place: str
+    by_nodes: bool = False
 
     def local(self) -> str:
         """Where it lies on a node that has it for itself."""
         return f"{LOCAL}/{self.place}"
 
     def shared(self, cluster: Cluster) -> str | None:
-        """Where it lies for all nodes; None without a shared storage."""
-        lockstep = depot(cluster)
+        """Where it lies for all nodes; None where each has its own."""
+        lockstep = None if self.by_nodes else depot(cluster)
         return f"{lockstep}/{self.place}" if lockstep else None
 
     def places(self, cluster: Cluster) -> list[str]:
@@ -56,7 +60,8 @@ def deliver(
 ) -> Iterator[Step]:
     """The step that brings it where ``place_of`` says; none where it lies already."""
     if not _lies(parcel, target, seen, peers):
-        yield Upload(parcel.source, place_of(parcel, target, seen, peers), parcel.sha256)
+        place = place_of(parcel, target, seen, peers)
+        yield Upload(parcel.source, place, parcel.sha256, relayed=parcel.by_nodes)
 
 
 def place_of(parcel: Parcel, target: Target[Any], seen: Collection[str], peers: Peers) -> str:

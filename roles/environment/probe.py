@@ -16,6 +16,7 @@ from roles.environment.fit import PROBE, Offer, offer
 from roles.environment.parcel import Parcel
 from roles.environment.prove import PROOF, STAMP
 from roles.environment.spec import HOME_OF_ENVIRONMENTS, Declared, Environments
+from roles.storage.spec import depot
 
 BIN_ON_PATH = "/usr/local/bin"
 
@@ -41,6 +42,7 @@ class Seen:
     commands: the declared ones that lie in bin. links: declared command to ok, absent, foreign, or
     where a link of ours leads instead.
     fresh: trees beside the prefix that a broken-off change left, with their stamps (empty: half).
+    kept: text of the stamp of the earlier tree that is kept beside it (empty: none in it); None without one.
     """
 
     tree: Tree = "absent"
@@ -53,6 +55,7 @@ class Seen:
     commands: Mapping[str, Command] = field(default_factory=dict)
     links: Mapping[str, str] = field(default_factory=dict)
     fresh: Mapping[str, str] = field(default_factory=dict)
+    kept: str | None = None
 
     @property
     def facts(self) -> Mapping[str, str]:
@@ -89,7 +92,9 @@ def archive_of(cluster: Cluster, one: Declared) -> Archive | None:
 
 def parcel_of(cluster: Cluster, one: Declared, archive: Archive) -> Parcel:
     """The archive on its way to the nodes."""
-    return Parcel(sources.archive_of(cluster, one), archive.sha256, f"archives/{archive.file_name}")
+    source = sources.archive_of(cluster, one)
+    way = one.spec.distribute or ("shared" if depot(cluster) else "nodes")
+    return Parcel(source, archive.sha256, f"archives/{archive.file_name}", way == "nodes")
 
 
 STAMPS = f"""
@@ -161,6 +166,9 @@ def _probe_one(one: Declared, archive: Archive | None) -> str:
         f'    if [ -f "$n/{STAMP}" ]; then IFS= read -r l <"$n/{STAMP}"; fi\n'
         '    printf \'fresh %s\\t%s\\n\' "${n#"$P"}" "$l"\n'
         "  fi\ndone\n"
+        'if [ -d "$P.lockstep-old" ]; then l=\n'
+        f'  if [ -f "$P.lockstep-old/{STAMP}" ]; then IFS= read -r l <"$P.lockstep-old/{STAMP}"; fi\n'
+        "  printf 'kept %s\\n' \"$l\"\nfi\n"
     )
 
 
@@ -193,7 +201,7 @@ def parse(text: str) -> EnvironmentState:
 
 
 def _note(now: dict[str, Any], word: str, value: str) -> None:
-    if word in ("tree", "interpreter", "home", "site"):
+    if word in ("tree", "interpreter", "home", "site", "kept"):
         now[word] = value
     elif word == STAMP:
         now["stamp"] = value

@@ -115,6 +115,9 @@ class Environment(Strict):
     index: address of the package index where there is no such directory.
     unmet: distribution to what it requires that need not be there in the right version.
     ops: DeepSpeed's operators that are compiled before any training starts.
+    distribute: the way of the archive: once to the shared storage, from which all nodes read it, or to the
+        first node and from each node to the next; None means shared where there is a shared storage.
+    keep: how many earlier trees stay beside the prefix; declaring the archive of one again puts it back.
     """
 
     archive: ControlPath | None = None
@@ -138,6 +141,8 @@ class Environment(Strict):
     index: Annotated[str, AfterValidator(_index)] | None = None
     unmet: dict[DistributionName, list[DistributionName]] = {}
     ops: list[Operator] = []
+    distribute: Literal["shared", "nodes"] | None = None
+    keep: Literal[0, 1] = 1
 
     @property
     def source(self) -> Path:
@@ -236,6 +241,11 @@ class Environments(Spec):
                     f"{one.name}.prefix",
                     f"{one.prefix} lies on the shared storage {shared}, where every node would unpack it: "
                     "choose a path on the nodes' own disks",
+                )
+            if one.spec.distribute == "shared" and not shared:
+                yield (
+                    f"{one.name}.distribute",
+                    "there is no shared storage: declare storage, or say nodes, or leave it out",
                 )
             for other in before:
                 paths = PurePosixPath(one.prefix), PurePosixPath(other.prefix)

@@ -446,9 +446,10 @@ def test_a_file_reaches_the_control_machine_as_a_node_of_a_user_with_sudo(
     node = lab.state(()).inventory.get_host("node1")
     node.connect()
     with pytest.raises(session.NodeFailed, match="could not be copied"):
-        from roles.core.upload import upload
+        from roles.core.chain import Chain, upload
 
-        upload(node, Upload(Path(__file__), f"{lab.folder}/node1/file", "0" * 64))
+        step = Upload(Path(__file__), f"{lab.folder}/node1/file", "0" * 64)
+        upload(node, step, Chain(step, {}))
     assert "chown 1234 " in Recorded.ran["node1"][0]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ from roles.archives.converge import converge
 from roles.archives.drift import drift
 from roles.archives.probe import ArchivesState, parse, probe
 from roles.core.role import Target, Unreadable
-from roles.core.steps import Upload
+from roles.core.steps import Shell, Upload
 from roles.environment.archive import Archive, ArchiveProblem
 from roles.environment.fit import Needs, Offer
 from roles.environment.spec import Environments
@@ -23,9 +24,9 @@ from roles.storage.spec import StorageSpec
 ARCHIVE = Archive("ab" * 32, 1000, 5000, "tar.zst", "", "3.11", "bin/python3", None)
 PLACE = f"/shared/.lockstep/archives/{ARCHIVE.file_name}"
 NODES = {f"node{n}": Node(name=f"node{n}", address=f"10.0.0.{n}") for n in (1, 2, 3)}
-HAVE = ArchivesState({"llm": ARCHIVE.sha256}, frozenset())
+HAVE = ArchivesState({"llm": frozenset({"00", ARCHIVE.sha256})}, frozenset())
 LACK = ArchivesState({}, frozenset())
-OLD = ArchivesState({"llm": "00"}, frozenset())
+OLD = ArchivesState({"llm": frozenset({"00"})}, frozenset())
 
 
 @pytest.fixture(autouse=True)
@@ -35,8 +36,11 @@ def known_archive(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def target(name: str = "node1", shared: bool = True) -> Target[Environments]:
-    section = Environments.model_validate({"llm": {"archive": "/archives/llm.tar.zst"}})
+def target(
+    name: str = "node1", shared: bool = True, way: str | None = None
+) -> Target[Environments]:
+    entry = {"archive": "/archives/llm.tar.zst", "distribute": way}
+    section = Environments.model_validate({"llm": entry})
     sections: dict[str, Spec] = {"environments": section} | (
         {"storage": StorageSpec(kind="existing", path="/shared")} if shared else {}
     )
@@ -63,7 +67,7 @@ def test_an_archive_that_runs_on_no_node_that_lacks_it_is_not_published(
     monkeypatch.setattr(
         sys.modules["roles.environment.sources"], "describe", lambda path, called: fitting
     )
-    old, new = (ArchivesState({}, frozenset(), Offer("x86_64", v)) for v in ("2.28", "2.36"))
+    old, new = (ArchivesState({}, frozenset(), node=Offer("x86_64", v)) for v in ("2.28", "2.36"))
     assert drift(target(), old, {"node2": old}) == []
     (finding,) = drift(target(), old, {"node2": old, "node3": new})
     assert "for node3" in finding.want
@@ -73,9 +77,34 @@ def test_a_node_that_cannot_be_read_asks_for_nothing() -> None:
     assert drift(target(), HAVE, {}) == []
 
 
-def test_the_other_nodes_and_clusters_without_shared_storage_publish_nothing() -> None:
+def test_the_other_nodes_publish_nothing() -> None:
     assert drift(target("node2"), LACK, {"node1": LACK}) == []
-    assert drift(target(shared=False), LACK, {}) == []
+
+
+@pytest.mark.parametrize(
+    "where",
+    [{"shared": False}, {"shared": True, "way": "nodes"}, {"shared": False, "way": "nodes"}],
+)
+def test_without_shared_storage_or_where_declared_each_node_passes_the_archive_on(
+    where: dict[str, Any],
+) -> None:
+    for name in NODES:
+        (finding,) = drift(target(name, **where), OLD, {})
+        assert finding.id == "archive-undelivered"
+        place = f"/var/lib/lockstep/archives/{ARCHIVE.file_name}"
+        (step,) = converge(target(name, **where), OLD, {}, [finding])
+        assert step == Upload(Path("/archives/llm.tar.zst"), place, ARCHIVE.sha256, relayed=True)
+        there = ArchivesState({}, frozenset({place}))
+        assert drift(target(name, **where), there, {}) == []
+        assert drift(target(name, **where), HAVE, {}) == []
+
+
+def test_keys_of_past_transfers_are_taken_out() -> None:
+    state = ArchivesState(HAVE.unpacked, frozenset(), frozenset({"lockstep-relay-12"}))
+    (finding,) = drift(target("node2"), state, {})
+    assert finding.id == "archive-relay-key" and finding.seen == "lockstep-relay-12"
+    (step,) = converge(target("node2"), state, {}, [finding])
+    assert isinstance(step, Shell) and "USER=root" in step.command
 
 
 def test_an_unusable_archive_is_left_to_the_environment_role(
@@ -90,15 +119,28 @@ def test_an_unusable_archive_is_left_to_the_environment_role(
 
 
 def test_what_the_probe_prints_is_read() -> None:
-    text = f'machine x86_64\nglibc 2.36\nstamp llm {{"archive": "{ARCHIVE.sha256}"}}\nstamp other no json\nparcel {PLACE}\nend'
+    text = (
+        f'machine x86_64\nglibc 2.36\nstamp llm {{"archive": "{ARCHIVE.sha256}"}}\nstamp llm {{"archive": "00"}}\n'
+        f"stamp other no json\nparcel {PLACE}\nkey lockstep-relay-12\nend"
+    )
     expected = ArchivesState(
-        {"llm": ARCHIVE.sha256, "other": ""}, frozenset({PLACE}), Offer("x86_64", "2.36")
+        {"llm": frozenset({ARCHIVE.sha256, "00"}), "other": frozenset({""})},
+        frozenset({PLACE}),
+        frozenset({"lockstep-relay-12"}),
+        Offer("x86_64", "2.36"),
     )
     assert parse(text) == expected
 
 
 @pytest.mark.parametrize(
-    "text", ["", "stamp llm {}", "stamp llm {}\nend", "machine x86_64\nwhat\nend"]
+    "text",
+    [
+        "",
+        "stamp llm {}",
+        "stamp llm {}\nend",
+        "machine x86_64\nwhat\nend",
+        "machine x86_64\nkey of another\nend",
+    ],
 )
 def test_garbage_is_unreadable(text: str) -> None:
     with pytest.raises(Unreadable):

@@ -18,7 +18,7 @@ from roles.core.steps import Shell, Upload
 from roles.environment import mend, prove, role
 from roles.environment.archive import Archive, ArchiveProblem
 from roles.environment.converge import converge
-from roles.environment.drift import drift, wanted_proof, wanted_stamp
+from roles.environment.drift import Action, drift, pairs, wanted_proof, wanted_stamp
 from roles.environment.fit import Needs, Offer
 from roles.environment.probe import Command, EnvironmentState, Seen, parse, probe
 from roles.environment.spec import Environments
@@ -193,7 +193,42 @@ def test_leftovers_beside_a_right_environment_are_removed() -> None:
     seen = replace(right(), fresh={".lockstep-new-000000000000": ""})
     assert ids(seen) == ["environment-leftover"]
     (clean,) = steps(seen)
-    assert clean.command.endswith(f"\nrm -rf {PREFIX}.lockstep-new-*")
+    assert 'rm -rf "$n"' in clean.command and "tar -x" not in clean.command
+
+
+def test_the_earlier_tree_is_put_back_where_its_archive_is_declared_again() -> None:
+    kept = wanted_stamp(ONE, ARCHIVE)
+    for seen, id in (
+        (replace(right(), stamp='{"archive": "00"}', kept=kept), "environment-version"),
+        (Seen(home="/usr/bin/python3.11", kept=kept), "environment-missing"),
+    ):
+        assert ids(seen)[0] == id
+        step = steps(seen)[0]
+        assert 'mv -T "$P.lockstep-old" "$P"' in step.command and "tar -x" not in step.command
+
+
+@pytest.mark.parametrize(
+    "seen",
+    [
+        Seen(
+            tree="directory", home="/usr/bin/python3.11"
+        ),  # somebody else's directory is never moved
+        Seen(tree="file", home="/usr/bin/python3.11"),
+        replace(right(), proof=f'{{"archive": "{ARCHIVE.sha256}", "damage": "no torch"}}'),
+    ],
+)
+def test_the_earlier_tree_is_not_put_in_the_place_of_what_is_no_other_version(seen: Seen) -> None:
+    found = steps(replace(seen, kept=wanted_stamp(ONE, ARCHIVE)))
+    assert any("tar -x" in step.command for step in found if isinstance(step, Shell))
+
+
+def test_a_kept_tree_of_another_archive_is_left_alone_and_one_that_shall_not_be_kept_goes() -> None:
+    assert ids(replace(right(), kept='{"archive": "00"}')) == []
+    only = replace(ONE, spec=ONE.spec.model_copy(update={"keep": 0}))
+    found = pairs(target(), state(replace(right(), kept="")), only)
+    assert [(action, finding.id) for action, finding in found] == [
+        (Action.CLEAN, "environment-kept")
+    ]
 
 
 @pytest.mark.parametrize(

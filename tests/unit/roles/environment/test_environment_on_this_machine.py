@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import io
 import json
 import os
 import shutil
@@ -392,6 +393,74 @@ def test_what_someone_made_by_hand_is_kept_for_good(machine: Machine) -> None:
     assert (machine.prefix.parent / "llm.before-lockstep/by-hand").read_text() == "precious"
 
 
+def other_archive(machine: Machine, packed: Path) -> dict[str, Any]:
+    """The entry of an environment that differs in one word."""
+    again = machine.root / "again.tar"
+    with tarfile.open(packed) as old, tarfile.open(again, "w") as new:
+        for member in old.getmembers():
+            data = old.extractfile(member) if member.isreg() else None
+            if member.name.endswith("/greeting.py"):
+                text = b"WORD = 'hi'\n"
+                member.size, data = len(text), io.BytesIO(text)
+            new.addfile(member, data)
+    return {**machine.entry, "archive": str(again)}
+
+
+def words(machine: Machine) -> list[str]:
+    """What the environment says, and what the earlier tree beside it would say."""
+    trees = (machine.prefix, machine.prefix.with_name("llm.lockstep-old"))
+    files = [file for tree in trees for file in tree.glob("lib/python3*/site-packages/greeting.py")]
+    return [file.read_text().split("'")[1] for file in files]
+
+
+def test_declaring_the_earlier_archive_again_puts_its_tree_back_without_unpacking(
+    right: Machine, packed: Path
+) -> None:
+    first, second = right.entry, other_archive(right, packed)
+    right.entry = second
+    right.settle()
+    assert words(right) == ["hi", "hello"]
+    for entry, now in ((first, ["hello", "hi"]), (second, ["hi", "hello"])):
+        inode = right.prefix.with_name("llm.lockstep-old").stat().st_ino
+        right.entry = entry
+        assert right.ids() == ["environment-version"]
+        right.settle()
+        assert words(right) == now and right.prefix.stat().st_ino == inode
+    right.entry = {**second, "keep": 0}
+    assert right.ids() == ["environment-kept"]
+    right.settle()
+    assert words(right) == ["hi"]
+    right.entry = {**first, "keep": 0}
+    right.settle()
+    assert words(right) == ["hello"]
+
+
+@pytest.mark.parametrize(
+    ("renames", "id"), [(1, "environment-missing"), (2, "environment-leftover")]
+)
+def test_a_power_cut_while_the_earlier_tree_is_put_back_is_finished_by_one_run(
+    right: Machine, packed: Path, renames: int, id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, right.entry = right.entry, other_archive(right, packed)
+    right.settle()
+    right.entry = first
+    monkeypatch.setenv("PATH", f"{right.root}/cut:{os.environ['PATH']}")
+    (right.root / "cut").mkdir()
+    mv = right.root / "cut/mv"
+    mv.write_text(
+        f"#!/bin/sh\necho x >>{right.root}/cut/count\n"
+        f'test "$(wc -l <{right.root}/cut/count)" -le {renames} || {{ kill -9 $PPID; exit; }}\n'
+        f'exec {shutil.which("mv", path=os.defpath)} "$@"\n'
+    )
+    mv.chmod(0o755)
+    with pytest.raises((AssertionError, IndexError)):
+        right.converge()
+    mv.unlink()
+    assert right.ids() == [id]
+    right.settle()
+    assert words(right) == ["hello", "hi"]
+
+
 @pytest.mark.parametrize("end", [b"", b"\0" * 100])
 def test_a_cut_or_spoilt_archive_is_removed_and_the_old_environment_stays(
     right: Machine, end: bytes
@@ -616,7 +685,7 @@ def test_a_pin_whose_installation_was_cut_off_never_counts(right: Machine) -> No
     assert right.ids() == []
     assert len(list((right.site / "many").glob("m*.py"))) == 4000
     beside = {path.name for path in right.prefix.parent.iterdir()}
-    assert beside == {"llm", "llm.lockstep-old"}  # nothing of it is taken for the user's own
+    assert beside == {"llm"}  # nothing of it is taken for the user's own, or for an earlier version
 
 
 def test_a_pip_that_gave_up_leaves_the_environment_as_it_was(right: Machine) -> None:

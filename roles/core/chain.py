@@ -1,0 +1,223 @@
+"""Brings a file of the control machine to nodes: whole or not at all, continued where it broke off.
+
+The file grows beside its destination under the name of its content. Nodes that want the same file at the
+same time form a chain: the first gets it from the control machine, each other one takes it from the node
+before it while that still receives (``relay``). Where no node can give it, the control machine does.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+
+import gevent
+from paramiko import SSHException
+from pyinfra.api.host import Host
+
+from inventory.cluster import Node
+from roles.core import relay, session
+from roles.core.steps import Upload, quote
+
+ATTEMPTS = 2
+"""A file that arrived with another content begins anew once."""
+CHUNK = 1 << 18
+SILENT_SECONDS = 30
+"""A node that answers nothing for so long is dead."""
+POLL_SECONDS = 5
+MB = 1_000_000
+
+
+@dataclass
+class Member:
+    """A node that gets the file. at: bytes that it has, as far as is known; lost: it gives nothing on."""
+
+    node: Host
+    at: int = 0
+    lost: bool = False
+
+
+@dataclass
+class Chain:
+    """The nodes that get one file now, in the order in which they asked for it, and how far they are.
+
+    places: every node of the cluster, by name, as its peers reach it.
+    """
+
+    step: Upload
+    places: Mapping[str, Node]
+    members: list[Member] = field(default_factory=list)
+    _began: float = 0
+    _first: int = 0
+    _said: float = 0
+
+    def join(self, node: Host) -> Member:
+        """The node comes last; what it asked for earlier no longer counts."""
+        for earlier in self.members:
+            earlier.lost = earlier.lost or earlier.node is node
+        member = Member(node)
+        self.members.append(member)
+        return member
+
+    def before(self, member: Member) -> list[Member]:
+        """Who may give it, best first: no node waits for one that waits for it."""
+        return self.members[: self.members.index(member)][::-1]
+
+    def note(self, member: Member, at: int) -> None:
+        """The node has so many bytes; says how far the last one is, now and then."""
+        now, interval = time.monotonic(), 3 if sys.stderr.isatty() else 10
+        member.at = at
+        last = min((each for each in self.members if not each.lost), key=lambda each: each.at)
+        if not self._began:
+            self._began = self._said = now
+            self._first = last.at
+        if now - self._said < interval:
+            return
+        self._said = now
+        session.say(last.node, progress(self.step, last.at, self._first, now - self._began))
+
+
+def progress(step: Upload, at: int, first: int, seconds: float) -> str:
+    """One line: how much of the file is there, how fast it comes, how long the rest takes.
+
+    at, first: bytes now and when the clock began to run. seconds: since then.
+    """
+    size = max(step.size, 1)
+    speed = max(at - first, 0) / seconds
+    left = f"{round((size - at) / speed)} s left" if speed else "standing still"
+    return (
+        f"{step.source.name}: {at // MB} of {size // MB} MB ({100 * at // size} %), "
+        f"{speed / MB:.1f} MB/s, {left}"
+    )
+
+
+def upload(node: Host, step: Upload, chain: Chain) -> None:
+    """Carry out an Upload. Raises NodeFailed; the destination then is what it was."""
+    if not step.source.is_file():
+        raise session.NodeFailed(f"{step.source} is not on this machine any more")
+    member = chain.join(node)
+    try:
+        for attempt in range(ATTEMPTS):  # after damage it comes from where it is right
+            if attempt or not _from_nodes(step, chain, member):
+                _from_here(step, chain, member)
+            if _settle(node, step):
+                return
+            session.say(node, f"{step.source.name} arrived damaged", "yellow")
+        raise session.NodeFailed(
+            f"{step.source.name} arrived with another content than it had when it was read: "
+            "converge again when nothing changes it"
+        )
+    except BaseException:
+        member.lost = True
+        raise
+
+
+def _begin(node: Host, step: Upload) -> str:
+    """Shell that makes the place where the file grows; prints how many bytes an earlier transfer left there.
+
+    The login user may be unable to write where root can, so the file grows in a folder of the
+    login user (mode 0700) beside the destination, on the same file system. It is his: he sends it on.
+    """
+    landing, part = quote(str(step.part.parent)), quote(str(step.part))
+    user = str(node.data.get("ssh_user") or os.getuid())  # the control machine itself has no login
+    return (
+        f"set -e\numask 022\nmkdir -p {quote(str(PurePosixPath(step.destination).parent))}\n"
+        f"test -d {landing} || mkdir -m 0700 {landing}\nchown {quote(user)} {landing}\n"
+        f'for f in {landing}/*; do test "$f" = {part} || rm -rf "$f"; done\n'
+        f'if test -f {part} && test "$(stat -c %s {part})" -gt {step.size}; then rm -f {part}; fi\n'
+        f": >>{part}\nchown {quote(user)} {part}\nstat -c %s {part}"
+    )
+
+
+def _from_here(step: Upload, chain: Chain, member: Member) -> None:
+    """Send what the node lacks from the control machine, over SFTP."""
+    node, part = member.node, str(step.part)
+    at = int(session.run(node, _begin(node, step), SILENT_SECONDS).stdout)
+    client = getattr(node.connector, "client", None)
+    try:
+        if client is None:  # the control machine itself
+            if not node.put_file(str(step.source), part, _sudo=False):
+                raise session.NodeFailed(f"{step.source.name} could not be copied to {part}")
+            return
+        with (
+            step.source.open("rb") as file,
+            client.open_sftp() as sftp,
+            sftp.open(part, "r+") as grows,
+        ):
+            sftp.get_channel().settimeout(SILENT_SECONDS)
+            grows.set_pipelined(True)
+            file.seek(at)
+            grows.seek(at)
+            while chunk := file.read(CHUNK):
+                grows.write(chunk)
+                at += len(chunk)
+                chain.note(member, at)
+    except (OSError, EOFError, SSHException) as error:
+        reason = "the node is silent" if isinstance(error, socket.timeout) else str(error)
+        raise session.NodeFailed(
+            f"copying {step.source.name} broke off: {reason}; converging again goes on from there"
+        ) from None
+
+
+def _from_nodes(step: Upload, chain: Chain, member: Member) -> bool:
+    """Take it from the nodes that asked before this one; False when none of them can give it all.
+
+    Raises NodeFailed when this node itself is dead.
+    """
+    for giver in chain.before(member):
+        if giver.lost:
+            continue
+        try:
+            _take(step, chain, member, giver)
+            return True
+        except relay.Refused as error:
+            session.say(
+                member.node,
+                f"{giver.node.name} gives no more of {step.source.name}, so it comes from elsewhere: {error}",
+                "yellow",
+            )
+    return False
+
+
+def _take(step: Upload, chain: Chain, member: Member, giver: Member) -> None:
+    """Take the rest from one node, and see now and then that this one still answers."""
+    node = member.node
+    with relay.opened(step, giver.node, node, chain.places, _begin(node, step)) as script:
+        taking = gevent.spawn(_run, node, script, step.seconds)
+        try:
+            while taking.ready() is False:
+                taking.join(POLL_SECONDS)
+                if not taking.ready():
+                    size = f"stat -c %s {quote(str(step.part))} 2>/dev/null || echo 0"
+                    chain.note(member, int(session.run(node, size, SILENT_SECONDS).stdout))
+        finally:
+            taking.kill()
+        if taking.value is not None:
+            raise relay.Refused(taking.value)
+
+
+def _run(node: Host, script: str, seconds: int) -> str | None:
+    """Run the script; why it failed, or None. (gevent prints what a greenlet raises.)"""
+    try:
+        session.run(node, script, seconds)
+    except session.NodeFailed as error:
+        return str(error)
+    return None
+
+
+def _settle(node: Host, step: Upload) -> bool:
+    """Check the whole file and put it in place; False when its content is wrong, and then it is gone."""
+    landing, part = quote(str(step.part.parent)), quote(str(step.part))
+    found = session.run(
+        node,
+        f"set -e\nchown 0:0 {part}; chmod {step.mode} {part}\n"
+        f"if ! echo {quote(f'{step.sha256}  {step.part}')} | sha256sum -c --status -; then\n"
+        f"  rm -f {part}; echo wrong; exit 0; fi\n"
+        f"sync {part}\nmv -f {part} {quote(step.destination)}; rm -rf {landing}",
+        step.seconds,
+    )
+    return found.stdout.strip() != "wrong"

@@ -1,0 +1,198 @@
+"""Lets one node take a file from another over SSH, with a key that is good for this once.
+
+The taker makes the key; its private half never leaves it and lies in memory (``/run``). The giver lets it
+in as the user as whom the control machine comes, from the taker's address alone, to read this one file, and
+takes its line out of authorized_keys when the key is first used. A key that is never used (a killed run, a
+power cut) expires within minutes, and the next look finds its line. No port is opened, and no node trusts
+another longer than that.
+"""
+
+from __future__ import annotations
+
+import base64
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+
+from pyinfra.api.host import Host
+
+from inventory.cluster import Node
+from roles.core import session
+from roles.core.steps import Upload, quote
+
+MARK = "lockstep-relay-"
+"""Begins the comment of a one-time key's line."""
+FOLDER = ".ssh/lockstep-relay"
+"""In the giver's home: one script for each key that was not used yet."""
+EXPIRY_MINUTES = 10
+STALE_TENTHS = 600
+"""Tenths of a second that a giver waits for its own file to grow."""
+SECONDS = 30
+"""Time limit of the commands around the transfer itself."""
+
+
+class Refused(Exception):
+    """A node cannot give the file; the message says why."""
+
+
+LOGIN = r"""
+PATH=$PATH:/usr/sbin:/sbin LC_ALL=C; export PATH LC_ALL
+umask 077
+cd
+settings=$(sshd -T -C "user=$USER,host=$taker,addr=$taker" 2>/dev/null) || :  # root alone may ask
+authorized=$(printf '%s\n' "$settings" | sed -n 's/^authorizedkeysfile \([^ ]*\).*/\1/p')
+authorized=$(printf %s "${authorized:-.ssh/authorized_keys}" | sed "s,%h,$HOME,g;s,%u,$USER,g;s,%%,%,g")
+case $authorized in none) ;; *) authorized=$(readlink -f "$authorized") ;; esac
+"""
+"""Shell that sets $settings, sshd's for who comes from $taker, and $authorized, the file with his keys."""
+
+
+GIVE = r"""
+case $SSH_ORIGINAL_COMMAND in ''|*[!0-9]*) echo 'it wants the place to begin' >&2; exit 1;; esac
+waited=0
+until { test -f "$whole" && command exec 3<"$whole"; } || { test -f "$part" && command exec 3<"$part"; }; do
+  waited=$((waited + 1))
+  if test "$waited" -gt "$stale"; then echo 'it has nothing of it' >&2; exit 1; fi
+  sleep 0.1
+done
+tail -c "+$((SSH_ORIGINAL_COMMAND + 1))" <&3 || exit 1
+waited=0 last=
+while read -r _ at <"/proc/$$/fdinfo/3"; do
+  if test "$at" -ge "$size"; then exit 0; fi
+  if test "$at" = "$last"; then waited=$((waited + 1)); else waited=0 last=$at; fi
+  if test "$waited" -gt "$stale"; then echo 'it gets no more of it' >&2; exit 1; fi
+  sleep 0.1
+  cat <&3 || exit 1
+done
+"""
+"""What a giver runs for the taker: the file from the asked byte on, also while it still grows."""
+
+
+STALE = f"""
+if grep -q {MARK} "$authorized" 2>/dev/null; then
+  grep -o '{MARK}[0-9a-f]*$' "$authorized" | while read -r mark; do
+    test -n "$(find "{FOLDER}/$mark" -mmin -{EXPIRY_MINUTES} 2>/dev/null)" || echo "$mark"
+  done
+fi
+"""
+"""Shell that prints the comments of the lines in $authorized that no run will use any more."""
+
+
+def drop(marks: str) -> str:
+    """Shell that takes lines out of $authorized, and their scripts away.
+
+    marks: shell that prints the lines' comments. At a power cut there is the old file or the new one.
+    """
+    return (
+        f"mkdir -p -m 0700 {FOLDER}\nexec 9>>{FOLDER}/lock\nflock -w 20 9\n"
+        f"{{ {marks.strip()}\n}} >{FOLDER}/drop\n"
+        f'if test -s {FOLDER}/drop && test -f "$authorized"; then\n'
+        '  cp -p "$authorized" "$authorized.lockstep-new"\n'
+        f'  grep -v -F -f {FOLDER}/drop "$authorized" >"$authorized.lockstep-new" || :\n'
+        '  sync "$authorized.lockstep-new"\n'
+        '  mv -f "$authorized.lockstep-new" "$authorized"\n'
+        '  if test -e /sys/fs/selinux/enforce; then restorecon "$authorized" || :; fi\n'
+        "fi\n"
+        f"(cd {FOLDER}; xargs rm -f <drop)\nexec 9>&-\n"
+    )
+
+
+def sweep(user: str) -> str:
+    """Shell for root that takes out what killed runs left in this user's authorized_keys."""
+    return (
+        f"HOME=~{user} USER={user} taker=localhost{LOGIN}{drop(STALE)}"
+        f"chown {user} {FOLDER} {FOLDER}/*\n"
+    )
+
+
+def _grant(step: Upload, mark: str, taker: str, key: str) -> str:
+    """Shell for the giver: the key may read this file once, from that address; prints the host's keys."""
+    script = (
+        f"cd\n(\n{drop(f'echo {mark}')}) </dev/null >/dev/null 2>&1 &\n"
+        f"whole={quote(step.destination)} part={quote(str(step.part))} size={step.size} stale={STALE_TENTHS}"
+        f"{GIVE}"
+    )
+    encoded = base64.b64encode(script.encode()).decode()
+    line = f'restrict,from=\\"$taker\\"$expiry,command=\\"exec sh {FOLDER}/{mark}\\" {key} {mark}'
+    return (
+        f"set -e\ntaker={quote(taker)}{LOGIN}"
+        'if test "$authorized" = none; then echo "its sshd reads no authorized_keys" >&2; exit 1; fi\n'
+        f'{drop(STALE)}{{ printf "authorized=\'%s\'\\n" "$authorized"; printf %s {encoded} | base64 -d; }} >{FOLDER}/{mark}\n'
+        "version=$(ssh -V 2>&1 | sed -n 's/[^0-9]*\\([0-9]*\\)\\.\\([0-9]*\\).*/\\1 \\2/p')\n"
+        "set -- ${version:-0 0}\nexpiry=\n"
+        'if test "$(($1 * 100 + $2))" -ge 707; then  # earlier ones refuse a line that has it\n'
+        f'  expiry=",expiry-time=\\"$(date -d \'+{EXPIRY_MINUTES} minutes\' +%Y%m%d%H%M)\\""\nfi\n'
+        f"exec 9>>{FOLDER}/lock\nflock -w 20 9\n"
+        'test -d "${authorized%/*}" || mkdir -m 0700 "${authorized%/*}"\n'
+        'if test -s "$authorized" && test -n "$(tail -c 1 "$authorized")"; then echo >>"$authorized"; fi\n'
+        f'printf "%s\\n" "{line}" >>"$authorized"\nexec 9>&-\n'
+        "keys=$(printf '%s\\n' \"$settings\" | sed -n 's/^hostkey //p')\n"
+        'for key in ${keys:-/etc/ssh/ssh_host_*_key}; do cat "${key%.pub}.pub" || :; done\n'
+    )
+
+
+def _take(step: Upload, mark: str, giver: Node, host_keys: list[str]) -> str:
+    """Shell for the taker: what its part lacks, written behind what is there."""
+    known = "".join(f"{giver.name} {key}\n" for key in host_keys)
+    part = quote(str(step.part))
+    options = " ".join(
+        f"-o {option}"
+        for option in (
+            "BatchMode=yes",
+            "IdentitiesOnly=yes",
+            "UserKnownHostsFile=$folder/known",
+            "GlobalKnownHostsFile=/dev/null",
+            "StrictHostKeyChecking=yes",
+            f"HostKeyAlias={giver.name}",
+            "ConnectTimeout=10",
+            "ServerAliveInterval=5",
+            "ServerAliveCountMax=3",
+        )
+    )
+    return (
+        f"folder=/run/{mark}\ntrap 'rm -rf \"$folder\"' EXIT\ntrap 'exit 1' HUP INT TERM\n"
+        f'printf %s {base64.b64encode(known.encode()).decode()} | base64 -d >"$folder/known" || exit 1\n'
+        f"at=$(stat -c %s {part} 2>/dev/null) || at=0\n"
+        # What has reached the disk on the way need not be waited for at the end.
+        f"while sleep 2 && kill -0 $$; do sync {part}; done </dev/null >/dev/null 2>&1 &\n"
+        # Two that write the same bytes to the same places, as after a killed run, do no harm.
+        f'ssh -F /dev/null -T -i "$folder/key" {options} -p {giver.ssh.port} {giver.ssh.user}@{quote(giver.address)} "$at" '
+        '2>"$folder/said" </dev/null | '
+        f'dd of={part} bs=64k oflag=seek_bytes seek="$at" conv=notrunc status=none || exit 1\n'
+        f'if test "$(stat -c %s {part})" != {step.size}; then\n'
+        '  tail -n 1 "$folder/said" | grep . >&2 || echo "the connection was lost" >&2; exit 1\nfi\n'
+    )
+
+
+@contextmanager
+def opened(
+    step: Upload, giver: Host, taker: Host, places: Mapping[str, Node], before: str
+) -> Iterator[str]:
+    """Shell for the taker that takes the rest of the file; nothing of the key stays after it.
+
+    before: shell that the taker runs first. Raises Refused when the giver cannot be asked, NodeFailed when the taker cannot.
+    """
+    mark = f"{MARK}{secrets.token_hex(8)}"
+    made = session.run(
+        taker,
+        f"set -e\n{before} >/dev/null\numask 077\nmkdir /run/{mark}\n"
+        f"ssh-keygen -q -t ed25519 -N '' -C {mark} -f /run/{mark}/key </dev/null\n"
+        f"cut -d ' ' -f 1,2 /run/{mark}/key.pub",
+        SECONDS,
+    )
+    try:
+        address = places[taker.name].address
+        try:
+            answer = session.run(
+                giver, _grant(step, mark, address, made.stdout.strip()), SECONDS, root=False
+            ).stdout
+        except session.NodeFailed as error:
+            raise Refused(str(error)) from None
+        host_keys = [" ".join(line.split()[:2]) for line in answer.splitlines() if line.strip()]
+        yield _take(step, mark, places[giver.name], host_keys)
+    except BaseException:
+        with suppress(session.NodeFailed):
+            session.run(giver, f"taker=localhost{LOGIN}{drop(f'echo {mark}')}", SECONDS, root=False)
+        with suppress(session.NodeFailed):
+            session.run(taker, f"rm -rf /run/{mark}", SECONDS)
+        raise

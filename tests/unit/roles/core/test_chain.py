@@ -1,0 +1,143 @@
+"""Nodes that want one file form a chain: who gives it to whom, what is tried when a node gives nothing, and what is said."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pyinfra.api import Config, Inventory, State
+
+from roles.core import chain, relay, session
+from roles.core.chain import Chain, Member, progress
+from roles.core.steps import Upload
+
+
+class Transfers:
+    """What is done in the place of real transfers: (node, from whom), in order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, source: Path) -> None:
+        self.done: list[tuple[str, str]] = []
+        self.silent: set[str] = set()
+        self.damaged = 0
+        self.step = Upload(source, "/place/file", "ab" * 32, relayed=True)
+        self.chain = Chain(self.step, {})
+        names = ["node1", "node2", "node3"]
+        self.nodes = list(State(Inventory((names, {})), Config()).inventory)
+        self.said: list[str] = []
+        monkeypatch.setattr(chain, "_from_here", self.from_here)
+        monkeypatch.setattr(chain, "_take", self.take)
+        monkeypatch.setattr(chain, "_settle", self.settle)
+        monkeypatch.setattr(session, "say", lambda node, line, *_: self.said.append(line))
+
+    def from_here(self, step: Upload, chain: Chain, member: Member) -> None:
+        self.done.append((member.node.name, "control"))
+        if member.node.name in self.silent:
+            raise session.NodeFailed("the node is silent")
+
+    def take(self, step: Upload, chain: Chain, member: Member, giver: Member) -> None:
+        self.done.append((member.node.name, giver.node.name))
+        if giver.node.name in self.silent:
+            raise relay.Refused("Permission denied (publickey).")
+
+    def settle(self, node: Any, step: Upload) -> bool:
+        self.damaged -= 1
+        return self.damaged < 0
+
+    def upload(self, number: int, step: Upload | None = None) -> None:
+        step = step or self.step
+        own = self.chain if step.relayed else Chain(step, {})
+        chain.upload(self.nodes[number - 1], step, own)
+
+
+@pytest.fixture
+def transfers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Transfers:
+    source = tmp_path / "file"
+    source.write_bytes(b"x" * 1000)
+    return Transfers(monkeypatch, source)
+
+
+def test_the_control_machine_sends_once_and_each_node_takes_it_from_the_one_before(
+    transfers: Transfers,
+) -> None:
+    for number in (2, 1, 3):
+        transfers.upload(number)
+    assert transfers.done == [("node2", "control"), ("node1", "node2"), ("node3", "node1")]
+
+
+def test_a_node_that_gives_nothing_is_named_and_passed_over(transfers: Transfers) -> None:
+    transfers.upload(1)
+    transfers.upload(2)
+    transfers.silent = {"node2"}
+    transfers.upload(3)
+    assert transfers.done[2:] == [("node3", "node2"), ("node3", "node1")]
+    (said,) = transfers.said
+    assert said.startswith("node2 gives no more of file") and "Permission denied" in said
+
+
+def test_where_no_node_gives_it_the_control_machine_does(transfers: Transfers) -> None:
+    transfers.upload(1)
+    transfers.silent = {"node1"}
+    transfers.upload(2)
+    assert transfers.done[1:] == [("node2", "node1"), ("node2", "control")]
+
+
+def test_a_node_that_failed_is_not_asked_and_one_that_asks_again_not_its_own_giver(
+    transfers: Transfers,
+) -> None:
+    transfers.silent = {"node1"}
+    with pytest.raises(session.NodeFailed, match="silent"):
+        transfers.upload(1)
+    transfers.upload(2)
+    transfers.upload(2)
+    assert transfers.done[1:] == [("node2", "control"), ("node2", "control")]
+
+
+def test_what_arrived_damaged_begins_anew_once_from_the_control_machine(
+    transfers: Transfers,
+) -> None:
+    transfers.upload(1)
+    transfers.damaged = 1
+    transfers.upload(2)
+    assert transfers.done[1:] == [("node2", "node1"), ("node2", "control")]
+    transfers.damaged = 2
+    with pytest.raises(session.NodeFailed, match="arrived with another content"):
+        transfers.upload(3)
+
+
+def test_a_step_that_is_not_relayed_always_comes_from_the_control_machine(
+    transfers: Transfers,
+) -> None:
+    alone = Upload(transfers.step.source, "/place/wheel", "cd" * 32)
+    for number in (1, 2):
+        transfers.upload(number, alone)
+    assert transfers.done == [("node1", "control"), ("node2", "control")]
+
+
+def test_a_source_that_is_gone_is_one_sentence(transfers: Transfers) -> None:
+    transfers.step.source.unlink()
+    with pytest.raises(session.NodeFailed, match="is not on this machine any more"):
+        transfers.upload(1)
+
+
+def test_progress_has_bytes_speed_and_what_is_left(tmp_path: Path) -> None:
+    (tmp_path / "env.tar").touch()
+    step = Upload(tmp_path / "env.tar", "/place/file", "ab" * 32)
+    step.__dict__["size"] = 200_000_000
+    line = progress(step, 110_000_000, 10_000_000, 10)
+    assert line == "env.tar: 110 of 200 MB (55 %), 10.0 MB/s, 9 s left"
+    assert progress(step, 5, 5, 10).endswith("0.0 MB/s, standing still")
+
+
+def test_the_last_node_of_a_chain_is_told_of_now_and_then(
+    transfers: Transfers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    first, last = (transfers.chain.join(node) for node in transfers.nodes[:2])
+    for seconds in range(100, 131, 5):
+        now[0] = seconds
+        transfers.chain.note(first, 10 * (seconds - 100))
+        transfers.chain.note(last, 8 * (seconds - 100))
+    shares = [line[line.index("(") : line.index(")") + 1] for line in transfers.said]
+    assert shares == ["(4 %)", "(12 %)", "(20 %)"]

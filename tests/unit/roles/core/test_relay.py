@@ -1,0 +1,178 @@
+"""A one-time key gives one file once: the shell of giver and taker, on this machine with a stand-in for ssh."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from inventory.cluster import Node
+from roles.core import relay
+from roles.core.steps import Upload
+
+MARK = "lockstep-relay-0123456789abcdef"
+OTHER = "ssh-ed25519 AAAAother liu"
+GIVER = Node(name="node1", address="10.0.0.1")
+
+
+@pytest.fixture
+def step(tmp_path: Path) -> Upload:
+    source = tmp_path / "source"
+    source.write_bytes(os.urandom(300_000))
+    step = Upload(source, f"{tmp_path}/depot/file", "ab" * 32)
+    Path(step.part).parent.mkdir(parents=True)
+    return step
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home with another's key, whose line has no end, and no sshd to ask."""
+    home = tmp_path / "home"
+    (home / ".ssh").mkdir(parents=True)
+    (home / ".ssh/authorized_keys").write_text(OTHER)
+    for name, value in (("HOME", home), ("USER", "ops")):
+        monkeypatch.setenv(name, str(value))
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name, script in (
+        ("sshd", "exit 1"),
+        ("ssh", "echo OpenSSH_${OPENSSH:-9.2p1} Debian-2 >&2"),
+    ):
+        (tools / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tools / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    return home
+
+
+def sh(script: str) -> str:
+    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def lines(home: Path) -> list[str]:
+    return (home / ".ssh/authorized_keys").read_text().splitlines()
+
+
+def grant(step: Upload) -> None:
+    sh(relay._grant(step, MARK, "10.0.0.2", "ssh-ed25519 AAAAkey"))
+
+
+def give(home: Path, asked: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        ["sh", f".ssh/lockstep-relay/{MARK}"],
+        cwd=home,
+        env={**os.environ, "SSH_ORIGINAL_COMMAND": asked},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def soon(condition: Callable[[], bool]) -> bool:
+    end = time.monotonic() + 20
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.02)
+    return condition()
+
+
+def test_the_key_may_read_one_file_once_from_one_address_for_minutes(
+    home: Path, step: Upload
+) -> None:
+    Path(step.destination).write_bytes(step.source.read_bytes())
+    grant(step)
+    other, line = lines(home)
+    assert other == OTHER
+    assert line.startswith('restrict,from="10.0.0.2",expiry-time="')
+    assert line.endswith(f'command="exec sh .ssh/lockstep-relay/{MARK}" ssh-ed25519 AAAAkey {MARK}')
+    output, _ = give(home, "1000").communicate(timeout=20)
+    assert output == step.source.read_bytes()[1000:]
+    assert soon(lambda: lines(home) == [OTHER])
+    assert soon(lambda: not (home / ".ssh/lockstep-relay" / MARK).exists())
+
+
+def test_an_sshd_that_would_refuse_the_line_for_its_expiry_gets_one_without(
+    home: Path, step: Upload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENSSH", "7.4p1")
+    grant(step)
+    assert "expiry" not in lines(home)[1] and "restrict,from=" in lines(home)[1]
+
+
+def test_what_still_grows_is_given_until_it_is_whole(home: Path, step: Upload) -> None:
+    data = step.source.read_bytes()
+    grant(step)
+    giver = give(home, "0")
+    time.sleep(0.2)
+    for begin in range(0, len(data), 100_000):
+        with Path(step.part).open("ab") as part:
+            part.write(data[begin : begin + 100_000])
+        time.sleep(0.15)
+    Path(step.part).rename(step.destination)
+    output, _ = giver.communicate(timeout=20)
+    assert output == data and giver.returncode == 0
+
+
+@pytest.mark.parametrize("asked", ["", "0; id", "-1", "cat /etc/shadow"])
+def test_nothing_but_a_place_to_begin_may_be_asked(home: Path, step: Upload, asked: str) -> None:
+    Path(step.destination).write_bytes(b"x")
+    grant(step)
+    giver = give(home, asked)
+    output, _ = giver.communicate(timeout=20)
+    assert output == b"" and giver.returncode == 1
+
+
+def test_a_file_that_grows_no_more_is_given_up(
+    home: Path, step: Upload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relay, "STALE_TENTHS", 3)
+    Path(step.part).write_bytes(b"begun")
+    grant(step)
+    giver = give(home, "0")
+    output, said = giver.communicate(timeout=20)
+    assert output == b"begun" and giver.returncode == 1 and b"gets no more" in said
+
+
+def test_lines_of_killed_runs_are_found_and_swept_and_those_of_a_live_one_stay(
+    home: Path, step: Upload
+) -> None:
+    with (home / ".ssh/authorized_keys").open("a") as file:
+        file.write(f"\nrestrict ssh-ed25519 AAAAx {relay.MARK}aaaa\n")
+    find = f"cd {home}; authorized=.ssh/authorized_keys\n{relay.STALE}"
+    assert sh(find).split() == [f"{relay.MARK}aaaa"]
+    Path(step.destination).write_bytes(b"x")
+    grant(step)  # sweeps too
+    assert [line.rpartition(" ")[2] for line in lines(home)] == ["liu", MARK]
+    assert sh(find) == ""
+    old = time.time() - 60 * relay.EXPIRY_MINUTES - 60
+    os.utime(home / ".ssh/lockstep-relay" / MARK, (old, old))
+    assert sh(find).split() == [MARK]
+    sweep = relay.sweep("root").replace("HOME=~root", f"HOME={home}")
+    sh(sweep)
+    assert lines(home) == [OTHER] and sh(find) == ""
+
+
+def test_the_taker_goes_on_where_its_part_ends_and_leaves_no_key(
+    home: Path, step: Upload, tmp_path: Path
+) -> None:
+    data = step.source.read_bytes()
+    Path(step.part).write_bytes(data[:1000])
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (tmp_path / "tools/ssh").write_text(
+        f'#!/bin/sh\nfor word; do at=$word; done\ntail -c "+$((at + 1))" {step.source}\n'
+    )
+    script = relay._take(step, MARK, GIVER, ["ssh-ed25519 AAAAhost"])
+    sh(script.replace(f"/run/{MARK}", str(folder)))
+    assert Path(step.part).read_bytes() == data and not folder.exists()
+
+
+def test_the_taker_says_what_the_giver_said(home: Path, step: Upload, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "tools/ssh").write_text("#!/bin/sh\necho 'Permission denied (publickey).' >&2\n")
+    script = relay._take(step, MARK, GIVER, []).replace(f"/run/{MARK}", f"{tmp_path}/run")
+    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr == "Permission denied (publickey).\n"
