@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -73,11 +74,35 @@ def site() -> Iterator[Site]:
             },
             time={},
             nccl={"version": "2.20.5"},
+            trainer={"manage": "unmanaged"},  # it needs torch
+            environments={"main": _environment(lab.directory / "main")},
         )
         yield lab
     finally:
         down = lab.lockstep("lab", "down")
         assert down.returncode == 0, down.stdout + down.stderr
+
+
+def _environment(directory: Path) -> dict[str, Any]:
+    """A venv over the nodes' own Python, without anything in it but what is pinned."""
+    (directory / "bin").mkdir(parents=True)
+    (directory / "lib/python3.11/site-packages").mkdir(parents=True)
+    (directory / "bin/python3.11").symlink_to("/usr/bin/python3.11")
+    for name in ("python", "python3"):
+        (directory / "bin" / name).symlink_to("python3.11")
+    (directory / "pyvenv.cfg").write_text("home = /usr/bin\nversion = 3.11.2\n")
+    asked = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "get", "global.index-url"],
+        capture_output=True,
+        text=True,
+    )
+    return {
+        "directory": str(directory),
+        "imports": ["json"],
+        "commands": ["python3"],
+        "pins": {"packaging": "25.0"},
+        "index": asked.stdout.strip() or "https://pypi.org/simple",
+    }
 
 
 def _tools(lab: Site) -> None:
@@ -129,6 +154,10 @@ def test_nodes_without_any_other_source_are_converged_from_it(site: Site) -> Non
     site.environ["LOCKSTEP_CLUSTER"] = str(site.directory / "bundle/cluster.yaml")
     site.converge()
     assert site.verify()["verdict"] == "ok"
+    pinned = (
+        "/opt/lockstep/envs/main/bin/python -c 'import packaging; print(packaging.__version__)'"
+    )
+    assert [site.shell(name, pinned).strip() for name in ("node1", "node2")] == ["25.0", "25.0"]
     assert site.converge()["totals"]["success"] == 0
 
 
