@@ -31,6 +31,7 @@ import stat
 import sys
 from base64 import urlsafe_b64encode
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from typing import NamedTuple
 from urllib.parse import quote_from_bytes
 
@@ -145,6 +146,7 @@ def shebang_edits(
     return [Edit(0, match.group(0), line)]
 
 
+@lru_cache(maxsize=None)  # noqa: UP033 - its short name came with 3.9
 def as_url(path: bytes) -> bytes:
     """The path as an address spells it."""
     return quote_from_bytes(path).encode()
@@ -336,12 +338,54 @@ def walk(root: str) -> tuple[list[str], list[str]]:
 
 
 def read(path: str) -> bytes:
-    """The file's bytes; none where there is no file."""
+    """The file's bytes; none where there is no file. In as few system calls as can be: it is all the time."""
     try:
-        with open(path, "rb", buffering=0) as file:
-            return file.readall()
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return b""
+    try:
+        parts = [os.read(file, 1 << 16)]
+        while len(parts[-1]) == 1 << 16 or (len(parts) > 1 and parts[-1]):
+            parts.append(os.read(file, 1 << 24))
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+    finally:
+        os.close(file)
+
+
+def naming(places: list[str], names: list[bytes]) -> set[str]:
+    """Those of the files that hold one of the names; where they are many, several processes read them."""
+
+    def search(share: list[str]) -> list[str]:
+        return [
+            place
+            for place in share
+            if any(name in data for data in [read(place)] for name in names)
+        ]
+
+    workers = min(os.cpu_count() or 1, 8, len(places) // 2000)
+    if workers < 2:
+        return set(search(places))
+    found: set[str] = set()
+    begun = []
+    for number in range(workers):
+        share = places[number::workers]
+        answer, given = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                with os.fdopen(given, "wb") as mine:
+                    mine.write(b"\0".join(map(os.fsencode, search(share))))
+                os._exit(0)
+            finally:
+                os._exit(1)
+        os.close(given)
+        begun.append((child, answer, share))
+    for child, answer, share in begun:
+        with os.fdopen(answer, "rb") as pipe:
+            said = pipe.read().split(b"\0")
+        failed = os.waitpid(child, 0)[1]
+        found.update(search(share) if failed else map(os.fsdecode, filter(None, said)))
+    return found
 
 
 def is_text(data: bytes) -> bool:
@@ -367,18 +411,21 @@ def conda_records(root: str, files: Iterable[str]) -> Iterator[tuple[str, bytes,
                 yield entry["_path"], os.fsencode(placeholder), entry.get("file_mode") == "binary"
 
 
-def conda_unpack_records(script: bytes) -> Iterator[tuple[str, bytes, bool]]:
+def conda_unpack_records(script: bytes) -> Iterator[tuple[str, str, bool]]:
     """The same from the script that conda-pack leaves in its archives.
 
     It lists every text that conda does not manage, with the prefix where the archive was packed.
     """
-    match = re.search(rb"(?ms)^_prefix_records = (\[$.*?^\])", script)
-    try:
-        records = ast.literal_eval(match.group(1).decode()) if match else []
-        for path, placeholder, mode in records:
-            yield path, os.fsencode(placeholder), mode == "binary"
-    except (ValueError, SyntaxError, TypeError):
-        return
+    begin = script.find(b"\n_prefix_records = [\n")
+    for line in script[begin : script.find(b"\n]", begin)].decode(errors="replace").split("\n")[2:]:
+        words = line[2:].rstrip("),'").split("', '")
+        if len(words) != 3 or "\\" in line:
+            try:
+                words = list(ast.literal_eval(line.rstrip(",")))
+            except (ValueError, SyntaxError):
+                continue
+        path, placeholder, mode = words
+        yield path, placeholder, mode == "binary"
 
 
 # ---- notes ----------------------------------------------------------------------------------------
@@ -465,7 +512,7 @@ class Move:
 
     def place(self, path: str) -> str:
         """Where a file of the tree lies."""
-        return os.path.join(self.root, path)
+        return f"{self.root}/{path}"
 
     def data(self, path: str) -> bytes:
         """A file's bytes, read once."""
@@ -495,10 +542,16 @@ class Move:
                 script = not binary and path.startswith(("bin/", "sbin/"))
                 kinds[path] = Kind(binary, script, placeholder)
                 recorded.add(path)
-        for path, placeholder, binary in conda_unpack_records(unpack):
-            found.add(placeholder)
-            if path in there and path not in kinds and not path.endswith("/RECORD"):
-                kinds[path] = Kind(binary, False, placeholder if binary else b"")
+        packed_at, texts = set(), []
+        for path, was, binary in conda_unpack_records(unpack):
+            if path not in recorded:
+                packed_at.add(was)
+                if path in there and path not in kinds and not path.endswith("/RECORD"):
+                    if binary:
+                        kinds[path] = Kind(True, False, os.fsencode(was))
+                    else:
+                        texts.append(path)
+        found.update(map(os.fsencode, packed_at))
         for path, kind in kinds.items():
             if kind.script:
                 data = self.first(path)
@@ -514,19 +567,23 @@ class Move:
         found |= declared_prefixes(settings, self.first("bin/activate"), history)
         home = re.search(rb"(?m)^home\s*=\s*(/.*?)/bin\s*$", settings)
         found -= NOT_A_PREFIX | {self.prefix} | ({home.group(1)} if home else set())
-        return sorted(found)
+        old = sorted(found)
+        names = [spelt for one in old for spelt in {one, as_url(one)}]
+        for place in naming([self.place(path) for path in texts], names):
+            kinds[place[len(self.root) + 1 :]] = Kind()
+        return old
 
     def edits(self, path: str, kind: Kind, first: bytes) -> list[Edit]:
         """How a file changes. Raises NoRoom."""
         if kind.binary:
             return binary_edits(first, self.prefix, self.old, kind.placeholder)
-        if not is_text(first):
-            return []
         if path == CONDA_UNPACK:  # the paths in it are records
             return shebang_edits(first, self.prefix, self.old, self.programs)
         if kind.script:
-            return script_edits(first, self.prefix, self.old, self.programs, kind.placeholder)
-        return text_edits(first, self.prefix, self.old, kind.placeholder)
+            edits = script_edits(first, self.prefix, self.old, self.programs, kind.placeholder)
+        else:
+            edits = text_edits(first, self.prefix, self.old, kind.placeholder)
+        return edits if is_text(first) else []
 
     def stage(self) -> None:
         """Write beside its place whatever changes. What is refused is in ``problems`` afterwards."""
@@ -535,7 +592,9 @@ class Move:
             data = self.data(path)
             first = self.notes.first(path, data)
             try:
-                self._stage(path, data, first, self.edits(path, self.kinds[path], first))
+                edits = self.edits(path, self.kinds[path], first)
+                if edits or first is not data:
+                    self._stage(path, data, first, edits)
             except NoRoom as error:
                 name = os.path.join(os.fsdecode(self.prefix), path)
                 self.problems.append(f"{name} has {error}: choose a shorter prefix")
@@ -578,16 +637,19 @@ class Move:
     def _stage_records(self) -> None:
         """RECORD notes each file of a distribution with its hash: those of the rewritten ones change."""
         rewritten = sorted(self.after.files)
+        spellings: dict[str, dict[bytes, str]] = {}  # for each site-packages
         for record in self.files:
-            match = RECORD.fullmatch(record)
+            match = RECORD.fullmatch(record) if record.endswith("/RECORD") else None
             if match:
                 site = match.group("site")
-                spelt = {os.fsencode(os.path.relpath(path, site)): path for path in rewritten}
+                if site not in spellings:
+                    names = [(os.path.relpath(path, site), path) for path in rewritten]
+                    spellings[site] = {os.fsencode(spelt): path for spelt, path in names}
                 data = self.data(record)
                 first = self.notes.first(record, data)
 
-                def mended(path: bytes, spelt: dict[bytes, str] = spelt) -> bytes | None:
-                    return self._mended(spelt[path]) if path in spelt else None
+                def mended(path: bytes, own: dict[bytes, str] = spellings[site]) -> bytes | None:
+                    return self._mended(own[path]) if path in own else None
 
                 self._stage(record, data, first, record_edits(first, mended, self.prefix, self.old))
 
@@ -656,12 +718,13 @@ class Move:
 
     def _remove_staged(self) -> None:
         """What a move that was cut off left beside."""
-        for path in self.files + self.links:
-            if path.endswith(FRESH):
-                os.unlink(self.place(path))
-                self.kinds.pop(path, None)
-        self.files = [path for path in self.files if not path.endswith(FRESH)]
-        self.links = [path for path in self.links if not path.endswith(FRESH)]
+        staged = {path for path in self.files + self.links if path.endswith(FRESH)}
+        for path in staged:
+            os.unlink(self.place(path))
+            self.kinds.pop(path, None)
+        if staged:
+            self.files = [path for path in self.files if path not in staged]
+            self.links = [path for path in self.links if path not in staged]
 
     def discard(self) -> None:
         """Leave the tree as it was."""

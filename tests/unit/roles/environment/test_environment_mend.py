@@ -583,6 +583,17 @@ def test_the_records_of_conda_pack_are_understood(tmp_path: Path) -> None:
     assert (shebang, rest) == ("#!/n/bin/python3.11", script.split("\n", 1)[1])
 
 
+@pytest.mark.parametrize("times", [1, 400])
+def test_the_files_that_hold_a_name_are_found_by_one_process_or_by_several(
+    tmp_path: Path, times: int
+) -> None:
+    places = [str(tmp_path / f"f{number}") for number in range(10)]
+    for number, place in enumerate(places):
+        Path(place).write_bytes(b"x" * 65530 * number + b"/name"[: number + 1])
+    wanted = set(places[4:])
+    assert mend.naming(places * times, [b"/other", b"/name"]) == wanted
+
+
 def test_a_tree_that_cannot_be_mended_is_refused_in_one_sentence(tmp_path: Path) -> None:
     program = [sys.executable, "-I", "-S", mend.__file__]
     done = subprocess.run([*program, str(tmp_path / "gone"), "/n"], capture_output=True, text=True)
