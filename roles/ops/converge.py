@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
+from inventory.cluster import Node
 from roles.core.role import Finding, Peers, Target
 from roles.core.steps import Download, Shell, Step, Upload, quote
 from roles.environment.converge import alone
@@ -47,8 +48,8 @@ def converge(
             yield Upload(kept, packed, hashlib.sha256(kept.read_bytes()).hexdigest())
             yield Shell(alone(unpack(one), UNPACK_SECONDS), 2 * UNPACK_SECONDS)
         else:
-            command = compiling(one, python(one, target.node), want)
-            yield Shell(alone(command, COMPILE_SECONDS), 2 * COMPILE_SECONDS)
+            command = alone(compiling(one, target.node, want), COMPILE_SECONDS)
+            yield Shell(command, 2 * COMPILE_SECONDS)
             yield Download(packed, kept)
         yield Shell(f"rm -f {quote(packed)}")
 
@@ -69,15 +70,15 @@ def unlock(locks: Sequence[Lock]) -> str:
     return "\n".join(lines)
 
 
-def compiling(one: Declared, python: str, want: dict[str, str]) -> str:
+def compiling(one: Declared, node: Node, want: dict[str, str]) -> str:
     """Shell that compiles the operators beside their place, packs them, and puts them in place.
 
     The archive has times in full: ninja compiles again what is a part of a second too old.
     """
-    wanted = json.dumps({"ops": one.spec.ops, "for": want})
+    order = json.dumps({"ops": one.spec.ops, "for": want})
     return (
-        f"umask 022\n{_fresh(one)}"
-        f'{python} - "$N"/{STAMP} {quote(wanted)} {_script("build.py")}'
+        f"umask 022\ncd /\n{_fresh(one)}"
+        f'{python(one, node)} - "$N"/{STAMP} {quote(order)} {_script("build.py")}'
         'tar --format=posix -C "$N" -czf "$D.tar.gz.new" .\n'
         'sync "$D.tar.gz.new"\nmv -f "$D.tar.gz.new" "$D.tar.gz"\n'
         f"{_SWITCH}"

@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import yaml
 
+from roles.environment.spec import unit_variables
 from tests.lab.site import Site
 
 NODES = ("node1", "node2")
@@ -52,6 +53,7 @@ def site() -> Iterator[Site]:
         assert up.returncode == 0, up.stdout + up.stderr
         declared = yaml.safe_load(site.cluster.read_text())["environments"]["main"]
         archive = site.directory / "headers.tar.zst"
+        (site.directory / "trimmed.tar.zst").symlink_to(declared["archive"])
         with_headers(Path(declared["archive"]), archive)
         brief = {"imports": ["torch"], "commands": ["torchrun"]}
         main = {**declared, "archive": str(archive), "ops": ["shm_comm"], **brief}
@@ -78,35 +80,50 @@ def test_one_node_compiles_the_other_takes_it_and_a_second_run_changes_nothing(s
     assert site.converge()["totals"]["success"] == 0
 
 
-def test_an_environment_without_headers_is_told_and_no_other_role_is_held_up(site: Site) -> None:
-    headers = "/opt/lockstep/envs/main/lib/python3*/site-packages/torch/include"
-    site.shell("node2", f"mv {headers} /root/headers")
-    (found,) = site.verify()["findings"]
-    site.shell("node2", f"mv /root/headers {headers.replace('python3*', 'python3.11')}")
-    assert (found["node"], found["id"]) == ("node2", "ops-headers")
+def test_a_process_with_a_jobs_variables_loads_it_and_compiles_nothing(site: Site) -> None:
+    prefix = "/opt/lockstep/envs/main"
+    variables = {**unit_variables(prefix, 0), "TORCH_EXTENSIONS_DIR": FOLDER}
+    words = " ".join(f"{key}={value}" for key, value in variables.items())
+    load = (
+        "from deepspeed.accelerator import get_accelerator as accelerator; "
+        "accelerator().create_op_builder('ShareMemCommBuilder').load()"
+    )
+    before = times(site)
+    site.shell("node2", f'env -i {words} {prefix}/bin/python -c "{load}"')
+    assert times(site) == before
+    assert site.shell("node2", f"ls {FOLDER}/*/lock", check=False) == ""
     assert site.verify()["verdict"] == "ok"
 
 
-@pytest.mark.parametrize(
-    ("node", "id", "script"),
-    [
-        ("node2", "ops-missing", f"rm -rf {FOLDER}"),
-        ("node1", "ops-missing", f"rm {FOLDER}/.lockstep-ops.json"),
-        ("node1", "ops-altered", f"echo >>{LIBRARY}"),
-        ("node2", "ops-altered", f"rm {LIBRARY}"),
-        ("node2", "ops-outdated", f"sed -i 's/\"torch\": \"[^\"]*\"/\"torch\": \"2.0.0\"/' {FOLDER}/.lockstep-ops.json"),
-        ("node1", "ops-unproved", f"rm {FOLDER}/.lockstep-ops-proof.json"),
-        ("node1", "ops-stale-lock", f"touch {FOLDER}/deepspeed_shm_comm/lock"),
-    ],
-)  # fmt: skip
+LOST = ("ops-missing", f"rm -rf {FOLDER}")
+UNSTAMPED = ("ops-missing", f"rm {FOLDER}/.lockstep-ops.json")
+ALTERED = ("ops-altered", f"echo >>{LIBRARY}")
+REMOVED = ("ops-altered", f"rm {LIBRARY}")
+OTHER_TORCH = 's/"torch": "[^"]*"/"torch": "2.0.0"/'
+OUTDATED = ("ops-outdated", f"sed -i '{OTHER_TORCH}' {FOLDER}/.lockstep-ops.json")
+UNPROVED = ("ops-unproved", f"rm {FOLDER}/.lockstep-ops-proof.json")
+LOCKED = ("ops-stale-lock", f"touch {FOLDER}/deepspeed_shm_comm/lock")
+
+
+@pytest.mark.parametrize("broken", [(LOST, ALTERED), (UNSTAMPED, REMOVED), (OUTDATED, UNPROVED), (UNPROVED, LOCKED)])  # fmt: skip
 def test_what_breaks_is_named_and_repaired_without_compiling_again(
-    site: Site, node: str, id: str, script: str
+    site: Site, broken: Sequence[tuple[str, str]]
 ) -> None:
     before = times(site)
-    site.shell(node, script)
-    (found,) = site.verify()["findings"]
-    assert (found["node"], found["role"], found["id"]) == (node, "ops", id)
+    for node, (_, script) in zip(NODES, broken, strict=True):
+        site.shell(node, script)
+    found = {(each["node"], each["role"], each["id"]) for each in site.verify()["findings"]}
+    assert found == {(node, "ops", id) for node, (id, _) in zip(NODES, broken, strict=True)}
     site.converge()
     assert times(site) == before
     assert site.verify()["verdict"] == "ok"
     assert site.converge()["totals"]["success"] == 0
+
+
+def test_an_archive_without_torchs_headers_is_told_in_one_sentence(site: Site) -> None:
+    main = yaml.safe_load(site.cluster.read_text())["environments"]["main"]
+    trimmed = site.directory / "trimmed.tar.zst"
+    site.declare(environments={"main": {**main, "archive": str(trimmed)}})
+    done = site.pyinfra("deploy/cluster.py", "-y")
+    assert "ops-headers" in done.stderr and "torch/extension.h" in done.stderr
+    assert "Traceback" not in done.stderr

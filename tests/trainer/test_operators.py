@@ -14,7 +14,6 @@ from roles.core.role import Target
 from roles.environment.spec import Environments
 from roles.ops.converge import compiling, proof, unpack
 from roles.ops.drift import drift, wanted
-from roles.ops.place import python
 from roles.ops.probe import OpsState, parse, probe
 
 NODE = Node(name="node1", address="10.0.0.1")
@@ -58,7 +57,7 @@ def test_an_operator_compiled_once_works_elsewhere_and_a_damaged_one_is_told(
     builder, other = Home(tmp_path / "node1"), Home(tmp_path / "node2")
     assert builder.wrong() == ["ops-missing"]
     want = wanted(builder.one, NODE, builder.look())
-    builder.sh(compiling(builder.one, python(builder.one, NODE), want))
+    builder.sh(compiling(builder.one, NODE, want))
     assert builder.wrong() == ["ops-unproved"]
 
     (other.folder / "ops").mkdir(parents=True)
