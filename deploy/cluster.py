@@ -7,6 +7,7 @@ from roles import (
     archives,
     compiler,
     driver,
+    editables,
     environment,
     fabric,
     hosts,
@@ -40,6 +41,7 @@ converge(storage.role)
 converge(pdsh.role)
 converge(archives.role)
 converge(environment.role)
+converge(editables.role)
 converge(pins.role)
 converge(nccl.role)
 converge(ops.role)

@@ -14,7 +14,7 @@ from roles.environment.archive import Archive, ArchiveProblem
 from roles.environment.fit import misfit
 from roles.environment.probe import BIN_ON_PATH, EnvironmentState, Seen, stamp_values
 from roles.environment.sources import described
-from roles.environment.spec import Declared, Environments, normal_name, of_metadata
+from roles.environment.spec import Declared, Environments, of_metadata
 
 
 class Action(Enum):
@@ -48,8 +48,8 @@ def wanted_proof(one: Declared) -> dict[str, list[str]]:
     """What the proof must show, as ``prove.py`` takes it."""
     wanted = {"imports": one.spec.imports, "commands": one.spec.commands, "linked": one.linked}
     wanted["optional"] = one.optional
-    if one.spec.pins:
-        wanted["pins"] = sorted(map(normal_name, one.spec.pins))
+    if one.replaced:
+        wanted["pins"] = one.replaced
     return wanted
 
 
@@ -240,8 +240,8 @@ def _tree(one: Declared, seen: Seen, archive: Archive) -> Iterator[Pair]:
 
 def _changed(one: Declared, seen: Seen, archive: Archive) -> str:
     """Distributions that are not the archive's, in words: added or taken out by hand, or by pins of
-    the past. Those that are pinned now, and the trainer, have roles of their own."""
-    own = {normal_name(name) for name in one.spec.pins} | {prove.OWN}
+    the past. Those that are pinned or editable now, and the trainer, have roles of their own."""
+    own = {*one.replaced, prove.OWN}
 
     def others(folders: Iterable[str]) -> set[str]:
         return {folder for folder in folders if of_metadata(folder)[0] not in own}

@@ -118,6 +118,7 @@ class Environment(Strict):
     distribute: the way of the archive: once to the shared storage, from which all nodes read it, or to the
         first node and from each node to the next; None means shared where there is a shared storage.
     keep: how many earlier trees stay beside the prefix; declaring the archive of one again puts it back.
+    editable: distribution to its source, a folder on the control machine, that replaces the archive's own.
     """
 
     archive: ControlPath | None = None
@@ -143,6 +144,7 @@ class Environment(Strict):
     ops: list[Operator] = []
     distribute: Literal["shared", "nodes"] | None = None
     keep: Literal[0, 1] = 1
+    editable: dict[DistributionName, ControlPath] = {}
 
     @property
     def source(self) -> Path:
@@ -163,10 +165,17 @@ class Environment(Strict):
     @model_validator(mode="after")
     def _no_contradictions(self) -> Environment:
         names = [normal_name(name) for name in self.pins]
+        sources = [normal_name(name) for name in self.editable]
         for name in sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"{name} is pinned twice, under two spellings")
         for name in sorted({name for name in self.ops if self.ops.count(name) > 1}):
             raise ValueError(f"ops has {name} twice")
+        for name in sorted({name for name in sources if sources.count(name) > 1}):
+            raise ValueError(f"{name} is editable twice, under two spellings")
+        for name in sorted({*names} & {*sources}):
+            raise ValueError(f"{name} is both pinned and editable: its source decides its version")
+        if "torch" in sources:
+            raise ValueError("torch comes with the archive and cannot be editable")
         if "torch" in names:
             raise ValueError(
                 "torch comes with the archive and is not pinned: build the archive with it"
@@ -190,6 +199,11 @@ class Declared:
     spec: Environment
     prefix: str
     on_path: bool
+
+    @property
+    def replaced(self) -> list[str]:
+        """Normal names of the distributions that are not the archive's: pinned or editable."""
+        return sorted(map(normal_name, [*self.spec.pins, *self.spec.editable]))
 
     @property
     def linked(self) -> list[str]:

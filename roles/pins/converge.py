@@ -8,18 +8,18 @@ from pathlib import Path, PurePosixPath
 
 from roles.core.role import Finding, Peers, Target
 from roles.core.steps import Shell, Step, quote
-from roles.environment.converge import ASIDE, LOGIN, alone, here_script
+from roles.environment.converge import LOGIN, alone, here_script
 from roles.environment.converge import proof as environment_proof
 from roles.environment.parcel import deliver, place_of
 from roles.environment.probe import archive_of
-from roles.environment.prove import PROOF, STAMP
 from roles.environment.spec import Declared, Environments
 from roles.pins.drift import Wrong, known, wrongs
+from roles.pins.pip import INSTALL_SECONDS
+from roles.pins.pip import install as pip_install
 from roles.pins.probe import PinsState, Site
 from roles.pins.wheels import pip_wheel
 
 HERE = Path(__file__).parent
-INSTALL_SECONDS = 900
 MACHINES = ("x86_64", "aarch64")
 """Those whose markers count for what a proof knows: it is written before a node is looked at."""
 
@@ -59,10 +59,6 @@ def install(
 ) -> str:
     """Shell: take stray metadata away, install exactly these versions and nothing else.
 
-    Meanwhile the environment has no stamp: names of metadata folders do not show that pip was cut
-    off, so a whole one is then unpacked. A pip that gives up by itself has put back what was there.
-    The proof goes with the versions on which it stood.
-
     pip: the wheel that it runs from. folders: where the pins' wheels lie; empty for an index.
     """
     twice = any(wrong.twice for wrong in found)
@@ -80,17 +76,9 @@ def install(
         if folders
         else f"--index-url {quote(one.spec.index or '')}"
     )
-    settings = "PIP_CONFIG_FILE=/dev/null " if folders else ""
     wanted = " ".join(quote(f"{wrong.name}=={wrong.version}") for wrong in found)
-    return (
-        f'umask 022\ncd /\nP={quote(one.prefix)}\nmv -f "$P"/{STAMP} "$P"/{ASIDE}\nsync "$P"\n'
-        f"{before}c=0\n"
-        f"{LOGIN} {settings}PIP_ROOT_USER_ACTION=ignore {quote(one.prefix)}/bin/python {quote(pip)}/pip "
-        "--disable-pip-version-check --no-input --no-cache-dir install --quiet --no-deps "
-        f"{'--force-reinstall ' if twice else ''}{source} {wanted} || c=$?\n"
-        f'if [ "$c" = 0 ]; then\nrm -f "$P"/{PROOF}\n{after}fi\n'
-        f'if [ "$c" -lt 128 ]; then sync -f "$P"; mv -f "$P"/{ASIDE} "$P"/{STAMP}; fi\nexit "$c"\n'
-    )
+    arguments = f"{'--force-reinstall ' if twice else ''}{source} {wanted}"
+    return pip_install(one.prefix, pip, arguments, before, after, own=not folders)
 
 
 def _folders(site: str, found: Sequence[Wrong]) -> str:

@@ -83,12 +83,13 @@ def pip_wheel(python: str) -> Parcel:
 
 def _parcel(file: Path) -> Parcel:
     status = file.stat()
-    digest = _digest(file, status.st_size, status.st_mtime_ns)
+    digest = digest_of(file, status.st_size, status.st_mtime_ns)
     return Parcel(file, digest, f"wheels/{digest[:12]}/{file.name}")
 
 
 @cache
-def _digest(file: Path, size: int, mtime_ns: int) -> str:
+def digest_of(file: Path, size: int, mtime_ns: int) -> str:
+    """A file's SHA-256, read once while it keeps its size and time."""
     with file.open("rb") as stream:
         digest = hashlib.sha256()
         while chunk := stream.read(1 << 20):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -57,6 +58,9 @@ ExecStart=
 ExecStart=/bin/sh -c 'echo 4: ACTIVE >/shared/class/infiniband/mlx5_0/ports/1/state'
 """
 """What a node's opensm does instead of looking for adapters: it brings the recorded port up."""
+
+TOOL = ROOT / "tests/unit/roles/looks/rehearsal-tool"
+"""A small project, installed in the environment from its source."""
 
 PACKAGING = "25.0"
 """Pinned from wheels, at another version than the environment's archive has."""
@@ -254,13 +258,18 @@ def bring_up(state: Path, os: str = OS, count: int = 2) -> Iterator[Site]:
 
 
 def _environments(site: Site) -> dict[str, Any]:
-    """The environment of ``lab up``, and a pinned wheel beside it."""
+    """The environment of ``lab up``, with a pinned wheel and a package that is installed from its source."""
     wheels = site.directory / "wheels"
     download = ("pip", "download", "-q", "--no-deps", "-d", str(wheels), f"packaging=={PACKAGING}")
     fetched = site.run(sys.executable, "-m", *download)
     assert fetched.returncode == 0, fetched.stderr
     declared: dict[str, Any] = yaml.safe_load(site.cluster.read_text())["environments"]
-    declared["main"] |= {"pins": {"packaging": PACKAGING}, "wheels": str(wheels)}
+    tool = shutil.copytree(TOOL, site.directory / TOOL.name)
+    declared["main"] |= {
+        "pins": {"packaging": PACKAGING},
+        "wheels": str(wheels),
+        "editable": {TOOL.name: str(tool)},
+    }
     return declared
 
 

@@ -160,7 +160,7 @@ def test_an_empty_answer_noise_and_another_roles_answer_are_unreadable(answer: A
         assert parsed(answer, text) is UNREADABLE, text[:60]
 
 
-ABOUT_ENVIRONMENTS = {"archives", "environment", "ops", "pins", "trainer"}
+ABOUT_ENVIRONMENTS = {"archives", "editables", "environment", "ops", "pins", "trainer"}
 """They share their words, and where no environment is declared they print the end alone."""
 
 

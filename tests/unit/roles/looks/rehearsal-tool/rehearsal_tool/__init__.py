@@ -1,0 +1,3 @@
+"""A package that is installed from its source."""
+
+ANSWER = 42
