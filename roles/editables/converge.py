@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from roles.core.role import Finding, Peers, Target
 from roles.core.steps import Shell, Step, quote
 from roles.editables.drift import Wrong, wrongs
 from roles.editables.probe import EditablesState, Seen, declared
+from roles.editables.source import SourceProblem, source_of
 from roles.environment.converge import LOGIN, alone, here_script
 from roles.environment.converge import proof as environment_proof
-from roles.environment.parcel import Parcel, deliver, place_of
+from roles.environment.parcel import LOCAL, Parcel, deliver, place_of
 from roles.environment.spec import Declared, Environments
 from roles.pins.pip import INSTALL_SECONDS
 from roles.pins.pip import install as pip_install
@@ -41,7 +43,7 @@ def converge(
             places = [place_of(parcel, target, state.parcels, peers) for parcel in (pip, source)]
             command = install(one, seen, wrong, places[0], source, places[1])
             yield Shell(alone(command, INSTALL_SECONDS // 2), INSTALL_SECONDS)
-            yield Shell(note(one, wrong, source))
+            yield Shell(note(one, wrong, source) + _forget(target))
 
 
 def _python(site: str) -> str:
@@ -72,6 +74,20 @@ def install(one: Declared, seen: Seen, wrong: Wrong, pip: str, source: Parcel, p
         f"echo {quote(f'{source.sha256}  {place}')} | sha256sum -c --quiet - >&2\n"
         f'tar -x -f {quote(place)} -C "$N" --no-same-owner\n'
         f"{pip_install(one.prefix, pip, arguments, before)}"
+    )
+
+
+def _forget(target: Target[Environments]) -> str:
+    """Shell that removes the node's own packed sources of earlier runs."""
+    kept = []
+    for one in target.spec.each():
+        for name in one.spec.editable:
+            with suppress(SourceProblem):
+                kept.append(Path(source_of(target.cluster, one, name).parcel.place).name)
+    names = "|".join(kept)
+    return (
+        f"for f in {LOCAL}/sources/*.tar; do "
+        f'case ${{f##*/}} in {names}) ;; *) rm -f "$f";; esac; done\n'
     )
 
 

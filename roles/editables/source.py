@@ -28,6 +28,8 @@ LEFT_OUT = re.compile(
     r"\.git|\.hg|\.svn|__pycache__|\.venv|\.tox|\.nox|\..*_cache|.*\.py[co]|.*\.egg-info"
 )
 """Not a part of the source: history, environments, and what tools write beside it."""
+KEPT_SECONDS = 86_400
+"""How long an earlier content stays packed on this machine."""
 TIME = 946_684_800
 """Every file's, in seconds: 2000-01-01, which zip archives can say too."""
 SELF_SUFFICIENT_SETUPTOOLS = (70, 1)
@@ -79,7 +81,7 @@ def _source(folder: Path, name: str, state: Path) -> Source:
         raise SourceProblem(f"there is no folder {folder} on this machine")
     requires = _build_requirements(folder, name)
     try:
-        packed = _pack(folder, state / "sources")
+        packed = _pack(folder, state / "sources" / name)
     except OSError as error:
         raise SourceProblem(
             f"{error.filename or folder} cannot be read: {error.strerror}"
@@ -129,9 +131,13 @@ def _pack(folder: Path, into: Path) -> Path:
                     tar.addfile(member)
         status = fresh.stat()
         digest = digest_of(fresh, status.st_size, status.st_mtime_ns)
-        return fresh.replace(into / f"{digest}.tar")
+        packed = fresh.replace(into / f"{digest}.tar")
     finally:
         fresh.unlink(missing_ok=True)
+    for old in into.glob("*.tar"):  # another run may still be sending a young one
+        if old.stat().st_mtime < packed.stat().st_mtime - KEPT_SECONDS:
+            old.unlink(missing_ok=True)
+    return packed
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 import tarfile
 import venv
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from roles.editables.converge import converge, proof
 from roles.editables.drift import drift, sources_of
 from roles.editables.probe import EditablesState, Seen, parse, probe
 from roles.editables.source import SourceProblem, source_of
+from roles.environment import sources
 from roles.environment.archive import Archive
 from roles.environment.spec import Environments
 
@@ -44,8 +44,7 @@ def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
 def describing(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
     archive = Archive("ab" * 32, 1, 1, "tar", "", "3.11", "bin/python3", None)
     archive = replace(archive, distributions=("setuptools-80.0.dist-info",), **changes)
-    module = sys.modules["roles.environment.probe"]
-    monkeypatch.setattr(module, "describe", lambda path: archive)
+    monkeypatch.setattr(sources, "describe", lambda path, source: archive)
 
 
 @pytest.fixture
@@ -53,10 +52,10 @@ def project(tmp_path: Path) -> Path:
     return Path(shutil.copytree(PROJECT, tmp_path / "tool"))
 
 
-def of(**sources: Path | str) -> Target[Environments]:
+def of(**folders: Path | str) -> Target[Environments]:
     entry = {
         "archive": "/a.tar",
-        "editable": {n.replace("_", "-"): str(p) for n, p in sources.items()},
+        "editable": {n.replace("_", "-"): str(p) for n, p in folders.items()},
     }
     section = Environments.model_validate({"llm": entry})
     cluster = Cluster(
@@ -285,22 +284,26 @@ def test_a_real_project_is_installed_compared_and_installed_again(
     bring_right()
     code = "import rehearsal_tool as r; print(r.ANSWER, r.__file__)"
     told = subprocess.run([prefix / "bin/python", "-c", code], capture_output=True, text=True)
-    assert told.stdout.split() == ["42", f"{prefix}/.lockstep-src/rehearsal-tool/rehearsal_tool/__init__.py"]
+    assert told.stdout.split() == [
+        "42",
+        f"{prefix}/.lockstep-src/rehearsal-tool/rehearsal_tool/__init__.py",
+    ]
     check = proof(where).partition("compare() {")
     compare = f"compare() {{{check[2]}"
     assert run(compare) == ""
 
-    edited = prefix / "src/rehearsal-tool/rehearsal_tool/__init__.py"
+    edited = prefix / ".lockstep-src/rehearsal-tool/rehearsal_tool/__init__.py"
     edited.write_text("ANSWER = 0\n")
     (edited.parent / "output.log").write_text("of a run")
     words = "rehearsal_tool/__init__.py is changed"
     assert (
-        run(compare) == f"editable-edited\trehearsal-tool at {prefix}/.lockstep-src/rehearsal-tool: {words}\n"
+        run(compare)
+        == f"editable-edited\trehearsal-tool at {prefix}/.lockstep-src/rehearsal-tool: {words}\n"
     )
     assert only(drift(where, look(), {})).id == "editable-edited"
     bring_right()
     assert run(compare) == ""
-    kept = prefix / "src/.rehearsal-tool.before/rehearsal_tool"
+    kept = prefix / ".lockstep-src/.rehearsal-tool.before/rehearsal_tool"
     assert (kept / "output.log").read_text() == "of a run"
 
     (project / "rehearsal_tool" / "__init__.py").write_text("ANSWER = 43\n")
