@@ -301,15 +301,14 @@ def test_a_real_project_is_installed_compared_and_installed_again(
         == f"editable-edited\trehearsal-tool at {prefix}/.lockstep-src/rehearsal-tool: {words}\n"
     )
     assert only(drift(where, look(), {})).id == "editable-edited"
-    bring_right()
-    assert run(compare) == ""
-    kept = prefix / ".lockstep-src/.rehearsal-tool.before/rehearsal_tool"
-    assert (kept / "output.log").read_text() == "of a run"
 
     (project / "rehearsal_tool" / "__init__.py").write_text("ANSWER = 43\n")
     source._source.cache_clear()
     assert only(drift(where, look(), {})).id == "editable-outdated"
     bring_right()
+    assert run(compare) == ""
+    kept = prefix / ".lockstep-src/.rehearsal-tool.before/rehearsal_tool"
+    assert (kept / "output.log").read_text() == "of a run"
     told = subprocess.run([prefix / "bin/python", "-c", code], capture_output=True, text=True)
     assert told.stdout.split()[0] == "43"
     assert len(list(site.glob("rehearsal_tool-*.dist-info"))) == 1
