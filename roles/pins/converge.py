@@ -50,16 +50,24 @@ def converge(
             yield from deliver(parcel, target, state.parcels, peers)
             places.append(place_of(parcel, target, state.parcels, peers))
         folders = [str(PurePosixPath(place).parent) for place in places[1:]]
-        command = install(one, site.path, found, places[0], folders)
+        archive = archive_of(target.cluster, one)
+        may_stay = sorted(known(one, archive, state.machine)) if archive else []
+        command = install(one, site.path, found, places[0], folders, may_stay)
         yield Shell(alone(command, INSTALL_SECONDS // 2), INSTALL_SECONDS)
 
 
 def install(
-    one: Declared, site: str, found: Sequence[Wrong], pip: str, folders: Sequence[str]
+    one: Declared,
+    site: str,
+    found: Sequence[Wrong],
+    pip: str,
+    folders: Sequence[str],
+    may_stay: Sequence[tuple[str, str]] = (),
 ) -> str:
     """Shell: take stray metadata away, install exactly these versions and nothing else.
 
     pip: the wheel that it runs from. folders: where the pins' wheels lie; empty for an index.
+    may_stay: (distribution, what it requires) that need not be met.
     """
     twice = any(wrong.twice for wrong in found)
     # pip takes out only what has a record of its files, and cannot tell two records apart.
@@ -70,15 +78,30 @@ def install(
         f'for d in {replaced}; do [ -f "$d/RECORD" ] || rm -rf "$d"; done\n' if replaced else ""
     )
     after = f"rm -rf -- {replaced}\n" if replaced else ""
-    # The node's own pip settings may name a proxy for the index; offline they could only mislead.
-    source = (
-        " ".join(["--no-index", *(f"--find-links {quote(folder)}" for folder in folders)])
-        if folders
-        else f"--index-url {quote(one.spec.index or '')}"
-    )
     wanted = " ".join(quote(f"{wrong.name}=={wrong.version}") for wrong in found)
-    arguments = f"{'--force-reinstall ' if twice else ''}{source} {wanted}"
-    return pip_install(one.prefix, pip, arguments, before, after, own=not folders)
+    fetched = "" if folders else _fetch(one, pip, wanted, may_stay)
+    places = " ".join(f"--find-links {quote(folder)}" for folder in folders) or '--find-links "$T"'
+    arguments = f"{'--force-reinstall ' if twice else ''}--no-index {places} {wanted}"
+    return fetched + pip_install(one.prefix, pip, arguments, before, after)
+
+
+def _fetch(one: Declared, pip: str, wanted: str, may_stay: Sequence[tuple[str, str]]) -> str:
+    """Shell: the pins' wheels from the index to $T; it ends where they would break something.
+
+    The node's own settings of pip hold, which may name a proxy for the index.
+    """
+    python = f"{LOGIN} {quote(one.prefix)}/bin/python"
+    way_out = f"pin what is required too, or accept it under environments.{one.name}.unmet"
+    return (
+        "cd /\nT=$(mktemp -d)\ntrap 'rm -rf \"$T\"' EXIT\n"
+        f"{python} {quote(pip)}/pip --disable-pip-version-check --no-input --no-cache-dir download --quiet "
+        f'--no-deps --only-binary :all: --dest "$T" --index-url {quote(one.spec.index or "")} {wanted}\n'
+        f'E=$({python} - {quote(one.prefix)} {quote(json.dumps(may_stay))} {quote(pip)} "$T"/*.whl '
+        f"{here_script('prove.py', HERE)})\n"
+        'if [ -n "$E" ]; then\n'
+        "  E=$(printf %s \"$E\" | sed 's/^[^\t]*\t//' | tr '\\n' ';')\n"
+        f"  printf 'nothing is installed: %s; %s\\n' \"$E\" {quote(way_out)} >&2; exit 1\nfi\n"
+    )
 
 
 def _folders(site: str, found: Sequence[Wrong]) -> str:

@@ -9,23 +9,20 @@ from roles.environment.prove import PROOF, STAMP
 INSTALL_SECONDS = 900
 
 
-def install(
-    prefix: str, pip: str, arguments: str, before: str = "", after: str = "", own: bool = False
-) -> str:
-    """Shell that runs ``pip install --no-deps``.
+def install(prefix: str, pip: str, arguments: str, before: str = "", after: str = "") -> str:
+    """Shell that runs ``pip install --no-deps`` offline; the node's own settings of pip do not count.
 
     Meanwhile the environment has no stamp: names of metadata folders do not show that pip was cut
     off, so a whole one is then unpacked. A pip that gives up by itself has put back what was there.
     The proof goes with the versions on which it stood.
 
     pip: the wheel that it runs from. arguments: words of the shell. before, after: shell around it, the
-    latter where it succeeded. own: with the node's own settings of pip, as for an index behind a proxy.
+    latter where it succeeded.
     """
-    settings = "" if own else "PIP_CONFIG_FILE=/dev/null "
     return (
         f'umask 022\ncd /\nP={quote(prefix)}\nmv -f "$P"/{STAMP} "$P"/{ASIDE}\nsync "$P"\n'
         f"{before}c=0\n"
-        f"{LOGIN} {settings}PIP_ROOT_USER_ACTION=ignore {quote(prefix)}/bin/python {quote(pip)}/pip "
+        f"{LOGIN} PIP_CONFIG_FILE=/dev/null PIP_ROOT_USER_ACTION=ignore {quote(prefix)}/bin/python {quote(pip)}/pip "
         "--disable-pip-version-check --no-input --no-cache-dir install --quiet --no-deps "
         f"{arguments} || c=$?\n"
         f'if [ "$c" = 0 ]; then\nrm -f "$P"/{PROOF}\n{after}fi\n'

@@ -4,8 +4,9 @@ Sent to the nodes as text and run by the environment's interpreter, from Python 
 machine computes the same from an archive's metadata. Prints one line ``ID<TAB>what is wrong`` for each
 requirement that is not met and not known, and leaves the stamp that the everyday look reads.
 
-    python prove.py PREFIX KNOWN PIP    KNOWN: JSON list of [distribution, what it requires], that may
-                                        stay unmet; PIP: pip's wheel, whose rules of versions hold
+    python prove.py PREFIX KNOWN PIP [WHEEL...]
+        KNOWN: JSON list of [distribution, what it requires], that may stay unmet; PIP: pip's wheel, whose
+        rules of versions hold; WHEEL: judge as if these were installed, and leave no stamp
 """
 
 from __future__ import annotations
@@ -110,24 +111,25 @@ def present(paths: list[str]) -> dict[str, Installed]:
     return found
 
 
-def check(prefix: Path, known: list[list[str]], paths: list[str]) -> list[Unmet]:
-    """Check, leave the stamp, and return what is not met and not known."""
-    found = unmet(present(paths))
+def leave_stamp(prefix: Path, found: list[Unmet]) -> None:
+    """Note what is not met in what lies there now."""
     site = Path(sysconfig.get_path("purelib")).iterdir()
     folders = [path.name for path in site if path.suffix in (".dist-info", ".egg-info")]
     stamp = {"key": key((prefix / STAMP).read_text(), folders), "unmet": found}
     fresh = prefix / f"{CHECKED}.new"
     fresh.write_text(json.dumps(stamp) + "\n")
     fresh.replace(prefix / CHECKED)
-    return [one for one in found if [one.distribution, one.required] not in known]
 
 
 if __name__ == "__main__":
-    where = Path(sys.argv[1])
-    pairs = json.loads(sys.argv[2])
+    where, known, wheels = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[4:]
     places = [path for path in sys.path if path not in ("", sys.argv[3])]
     try:
-        for wrong in check(where, pairs, places):
-            print("requirement-unmet", f"{where}: {wrong}", sep="\t")
+        all_unmet = unmet(present([*wheels, *places]))
+        if not wheels:
+            leave_stamp(where, all_unmet)
+        for one in all_unmet:
+            if [one.distribution, one.required] not in known:
+                print("requirement-unmet", f"{where}: {one}", sep="\t")
     except OSError as error:
         print("requirements-unchecked", f"{where}: {error}", sep="\t")

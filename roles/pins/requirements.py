@@ -23,8 +23,10 @@ def of_archive(archive: Archive) -> dict[str, Installed]:
 
 
 def with_pins(cluster: Cluster, one: Declared, archive: Archive) -> dict[str, Installed]:
-    """The archive's distributions with the pins in place. What a pin from an index requires, its
-    wheel alone would tell: the check after its installation does."""
+    """The archive's distributions with the pins in place.
+
+    What a pin from an index requires is not known here: it is judged on the node, before it is installed.
+    """
     found = of_archive(archive)
     for name, pin in one.spec.pins.items():
         version = pin

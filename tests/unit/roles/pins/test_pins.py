@@ -17,6 +17,7 @@ from roles import pins
 from roles.core.role import Finding, Target, Unreadable
 from roles.core.steps import Shell, Upload
 from roles.environment.archive import Archive
+from roles.environment.parcel import LOCAL
 from roles.environment.spec import Environments, of_metadata
 from roles.pins.converge import converge
 from roles.pins.distributions import fits, meets, of_wheel
@@ -60,9 +61,16 @@ def wheel(folder: Path, name: str, *requires: str) -> None:
     """A wheel of that file name, which requires these."""
     with zipfile.ZipFile(folder / name, "w") as made:
         lines = "".join(f"Requires-Dist: {one}\n" for one in requires)
+        distribution, version = name.split("-")[:2]
+        info = f"{distribution}-{version}.dist-info"
         made.writestr(
-            f"{'-'.join(name.split('-')[:2])}.dist-info/METADATA", f"Name: x\n{lines}\nbody"
+            f"{info}/METADATA",
+            f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n{lines}\nbody",
         )
+        made.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        made.writestr(f"{info}/RECORD", "")
 
 
 def of(entry: dict[str, Any]) -> Target[Environments]:
@@ -209,8 +217,46 @@ def test_an_index_is_used_with_the_nodes_own_settings() -> None:
     where = of({"index": "https://mirror.example/simple", "pins": {"a": "1"}})
     install = list(converge(where, state(), {}, drift(where, state(), {})))[-1]
     assert isinstance(install, Shell)
-    assert "--index-url https://mirror.example/simple" in install.command
-    assert "PIP_CONFIG_FILE" not in install.command and "--no-index" not in install.command
+    fetch, _, rest = install.command.partition("mv -f")
+    assert "--index-url https://mirror.example/simple" in fetch
+    assert "PIP_CONFIG_FILE" not in fetch and "--no-index" not in fetch
+    assert "PIP_CONFIG_FILE=/dev/null" in rest and '--no-index --find-links "$T"' in rest
+
+
+def test_what_a_pin_from_an_index_requires_is_judged_before_it_is_installed(tmp_path: Path) -> None:
+    """The step itself, run by this machine's shell on an environment of its own, with an index in a folder."""
+    venv, index = tmp_path / "venv", tmp_path / "simple"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)
+    (venv / STAMP).write_text("{}\n")
+    [site] = venv.glob("lib/python3*/site-packages")
+    folder = index / "a"
+    folder.mkdir(parents=True)
+    name = "a-2-py3-none-any.whl"
+    wheel(folder, name, "b>=2")
+    (folder / "index.html").write_text(f'<a href="{name}">{name}</a>')
+
+    def run(**more: Any) -> subprocess.CompletedProcess[str]:
+        entry = {"prefix": str(venv), "index": f"file://{index}", "pins": {"a": "2"}, **more}
+        where = of(entry)
+        before = PinsState(
+            {"llm": Site(str(site))}, frozenset({pip_wheel("3.11").local()}), "x86_64"
+        )
+        [step] = converge(where, before, {}, drift(where, before, {}))
+        assert isinstance(step, Shell)
+        lying = {pip_wheel("3.11").local(): str(pip_wheel("3.11").source)}
+        command = step.command.replace(*lying.popitem()).replace(LOCAL, str(tmp_path / "node"))
+        return subprocess.run(["sh", "-ec", command], capture_output=True, text=True)
+
+    refused = run()
+    assert refused.returncode == 1
+    assert refused.stderr.splitlines()[-1] == (
+        f"nothing is installed: {venv}: a 2 requires b>=2, and that is not there; "
+        "pin what is required too, or accept it under environments.llm.unmet"
+    )
+    assert list(site.iterdir()) == [] and (venv / STAMP).exists()
+    done = run(unmet={"a": ["b"]})
+    assert done.returncode == 0, done.stderr
+    assert (site / "a-2.dist-info").is_dir() and (venv / STAMP).exists()
 
 
 @pytest.mark.parametrize(
