@@ -5,6 +5,7 @@ from __future__ import annotations
 from roles.core.steps import quote
 from roles.environment.converge import ASIDE, LOGIN
 from roles.environment.prove import PROOF, STAMP
+from roles.pins.prove import CHECKED
 
 INSTALL_SECONDS = 900
 
@@ -14,7 +15,7 @@ def install(prefix: str, pip: str, arguments: str, before: str = "", after: str 
 
     Meanwhile the environment has no stamp: names of metadata folders do not show that pip was cut
     off, so a whole one is then unpacked. A pip that gives up by itself has put back what was there.
-    The proof goes with the versions on which it stood.
+    The proof and the check of requirements go with the versions on which they stood.
 
     pip: the wheel that it runs from. arguments: words of the shell. before, after: shell around it, the
     latter where it succeeded.
@@ -25,6 +26,6 @@ def install(prefix: str, pip: str, arguments: str, before: str = "", after: str 
         f"{LOGIN} PIP_CONFIG_FILE=/dev/null PIP_ROOT_USER_ACTION=ignore {quote(prefix)}/bin/python {quote(pip)}/pip "
         "--disable-pip-version-check --no-input --no-cache-dir install --quiet --no-deps "
         f"{arguments} || c=$?\n"
-        f'if [ "$c" = 0 ]; then\nrm -f "$P"/{PROOF}\n{after}fi\n'
+        f'if [ "$c" = 0 ]; then\nrm -f "$P"/{PROOF} "$P"/{CHECKED}\n{after}fi\n'
         f'if [ "$c" -lt 128 ]; then sync -f "$P"; mv -f "$P"/{ASIDE} "$P"/{STAMP}; fi\nexit "$c"\n'
     )
