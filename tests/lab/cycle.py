@@ -118,9 +118,12 @@ def _apart(one: Case, other: Case) -> bool:
 
 
 def _hides(cause: Case, case: Case) -> bool:
-    """Whether a role is not judged for the other, or that node left out of what nodes prove together."""
+    """Whether a role is not judged for the other, or that node left out of what nodes prove together.
+
+    What crosses nodes may show on any of them.
+    """
     role = _role(case)
-    met = role.crossing or bool(cause.lies_on & case.lies_on)
+    met = role.crossing or _role(cause).crossing or bool(cause.lies_on & case.lies_on)
     return met and cause.role in required([*role.needs, *role.proof_needs], registry.ROLES)
 
 
