@@ -34,8 +34,8 @@ def test_a_pin_that_breaks_another_package_is_refused_until_the_file_accepts_it(
     lab.finished(JOB["name"])
     declared = yaml.safe_load(lab.cluster.read_text())["environments"]
     wheels = Path(declared["main"]["wheels"])
-    wheel(wheels, "shellingham", "0.9", "nowhere_near>=2")
-    pins = {"packaging": PACKAGING, "shellingham": "0.9"}
+    wheel(wheels, "shellingham", "1.4", "nowhere_near>=2")
+    pins = {"packaging": PACKAGING, "shellingham": "1.4"}
     refused = {**declared["main"], "pins": pins}
     lab.declare(environments={**declared, "main": refused})
     done = lab.pyinfra("deploy/cluster.py", "-y")
@@ -43,7 +43,7 @@ def test_a_pin_that_breaks_another_package_is_refused_until_the_file_accepts_it(
     assert "pin-conflict: want nowhere_near>=2" in done.stderr
     assert "environments.main.unmet: {shellingham: [nowhere-near]}" in done.stderr
     site = "/opt/lockstep/envs/main/lib/python3.*/site-packages"
-    assert "0.9" not in lab.shell("node2", f"ls -d {site}/shellingham-*")
+    assert "shellingham-1.4" not in lab.shell("node2", f"ls -d {site}/shellingham-*")
     report = lab.verify()
     assert {(found["role"], found["id"]) for found in report["findings"]} == {
         ("pins", "pin-conflict")
@@ -52,7 +52,7 @@ def test_a_pin_that_breaks_another_package_is_refused_until_the_file_accepts_it(
     accepted = {**refused, "unmet": {"shellingham": ["nowhere-near"]}}
     lab.declare(environments={**declared, "main": accepted})
     lab.converge()
-    assert "shellingham-0.9" in lab.shell("node2", f"ls -d {site}/shellingham-*")
+    assert "shellingham-1.4" in lab.shell("node2", f"ls -d {site}/shellingham-*")
     report = lab.verify()
     assert report["verdict"] == "ok", report["findings"]
     rows = {row["fact"]: row["values"]["node1"] for row in report["identity"]}
