@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING or __name__ != "__main__":
     from packaging.requirements import Requirement
 else:
-    sys.path.append(sys.argv[3])
+    sys.path.insert(0, sys.argv[3])  # the environment's own pip may be an old one
     from pip._vendor.packaging.requirements import Requirement
 
 STAMP = ".lockstep-environment.json"

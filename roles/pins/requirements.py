@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 
 from inventory.cluster import Cluster
 from roles.environment.archive import Archive
@@ -58,15 +59,30 @@ def markers(archive: Archive, machine: str) -> dict[str, str]:
     }
 
 
-def of_the_archive(archive: Archive, machine: str) -> list[Unmet]:
+def unmet_on(
+    archive: Archive, machine: str, installed: Mapping[str, Installed]
+) -> tuple[Unmet, ...]:
+    """The requirements that are not met on such a node, where these lie in the archive's environment."""
+    return _judged(tuple(installed.items()), tuple(markers(archive, machine).items()))
+
+
+@cache
+def _judged(
+    installed: tuple[tuple[str, Installed], ...], markers: tuple[tuple[str, str], ...]
+) -> tuple[Unmet, ...]:
+    """Once for the same: every node asks several times a run, and it takes a part of a second."""
+    return tuple(unmet(dict(installed), dict(markers)))
+
+
+def of_the_archive(archive: Archive, machine: str) -> tuple[Unmet, ...]:
     """Requirements that the archive itself does not meet: nobody's pin is to blame."""
-    return unmet(of_archive(archive), markers(archive, machine))
+    return unmet_on(archive, machine, of_archive(archive))
 
 
 def conflicts(cluster: Cluster, one: Declared, archive: Archive, machine: str) -> list[Unmet]:
     """Requirements that are not met because of the pins, without those that are accepted."""
     own = {(each.distribution, each.requirement) for each in of_the_archive(archive, machine)}
-    after = unmet(with_pins(cluster, one, archive), markers(archive, machine))
+    after = unmet_on(archive, machine, with_pins(cluster, one, archive))
     return [
         each
         for each in after

@@ -19,6 +19,7 @@ from roles.core.steps import Shell, Upload
 from roles.environment.archive import Archive
 from roles.environment.parcel import LOCAL
 from roles.environment.spec import Environments, of_metadata
+from roles.pins import requirements
 from roles.pins.converge import converge
 from roles.pins.distributions import fits, meets, of_wheel
 from roles.pins.drift import drift, remarks, unmet_of
@@ -304,6 +305,25 @@ def test_a_pin_that_another_package_does_not_take_is_refused_before_anything_is_
     assert finding.want == ("protobuf>=4 in /opt/lockstep/envs/llm, as deepspeed 0.14.0 requires")
     assert finding.seen == "a pin of protobuf 3.20.3"
     assert "environments.llm.unmet: {deepspeed: [protobuf]}" in finding.fix
+
+
+def test_the_requirements_are_judged_once_for_all_nodes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    describing(monkeypatch, **DEEPSPEED)
+    judged = []
+
+    def unmet(*given: object) -> list[object]:
+        judged.append(given)
+        return []
+
+    monkeypatch.setattr(requirements, "unmet", unmet)
+    requirements._judged.cache_clear()
+    where = target(tmp_path, protobuf="3.20.3")
+    for _ in NODES:
+        drift(where, state(), {})
+    requirements._judged.cache_clear()
+    assert len(judged) == 2  # the archive as it is, and with the pin
 
 
 def test_a_conflict_that_the_file_accepts_is_none(
