@@ -18,6 +18,7 @@ from roles.environment.spec import Declared, Environments
 from roles.pins.pip import INSTALL_SECONDS
 from roles.pins.pip import install as pip_install
 from roles.pins.wheels import pip_wheel
+from roles.storage.spec import depot
 
 HERE = Path(__file__).parent
 
@@ -71,23 +72,35 @@ def install(one: Declared, seen: Seen, wrong: Wrong, pip: str, source: Parcel, p
     return (
         f"umask 022\nN={quote(f'{tree}.lockstep-new')}\n"
         f'rm -rf "$N"; mkdir -p "$N"\n'
-        f"echo {quote(f'{source.sha256}  {place}')} | sha256sum -c --quiet - >&2\n"
+        f"if ! echo {quote(f'{source.sha256}  {place}')} | sha256sum -c --status -; then rm -f {quote(place)}\n"
+        f"  echo {quote(f'{place} was damaged, and is removed: converge again')} >&2; exit 1; fi\n"
         f'tar -x -f {quote(place)} -C "$N" --no-same-owner\n'
         f"{pip_install(one.prefix, pip, arguments, before)}"
     )
 
 
 def _forget(target: Target[Environments]) -> str:
-    """Shell that removes the node's own packed sources of earlier runs."""
+    """Shell that removes packed sources of earlier runs: the node's own, and by the head the shared ones.
+
+    Of these only what is a day old: another cluster may have the same storage, and brings its own again.
+    """
     kept = []
     for one in target.spec.each():
         for name in one.spec.editable:
             with suppress(SourceProblem):
                 kept.append(Path(source_of(target.cluster, one, name).parcel.place).name)
     names = "|".join(kept)
-    return (
+    own = (
         f"for f in {LOCAL}/sources/*.tar; do "
         f'case ${{f##*/}} in {names}) ;; *) rm -f "$f";; esac; done\n'
+    )
+    shared = depot(target.cluster)
+    if shared is None or not target.is_head:
+        return own
+    others = " ".join(f"! -name {name}" for name in kept)
+    return (
+        f"{own}find {quote(shared)}/sources -maxdepth 1 -name '*.tar' -mtime +0 {others} "
+        "-exec rm -f {} + 2>/dev/null || :\n"
     )
 
 

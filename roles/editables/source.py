@@ -1,11 +1,14 @@
-"""The source of an editable install on the control machine: packed by content, and what it is built with."""
+"""The source of an editable install on the control machine: packed by content, and what it is built with.
+
+It is a folder, or what was packed of one, as ``lockstep bundle`` gathers it.
+"""
 
 from __future__ import annotations
 
 import os
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,8 +22,8 @@ from inventory.settings import state_directory
 from roles.environment.archive import Archive
 from roles.environment.parcel import Parcel
 from roles.environment.spec import Declared, normal_name
-from roles.pins.prove import Installed, unmet
-from roles.pins.requirements import markers, of_archive
+from roles.pins.prove import Installed
+from roles.pins.requirements import of_archive, unmet_on
 from roles.pins.wheels import digest_of
 
 MAX_BYTES = 1 << 30
@@ -67,7 +70,7 @@ def lacking(source: Source, archive: Archive) -> list[str]:
         if normal_name(text) != "wheel" or release < SELF_SUFFICIENT_SETUPTOOLS
     )
     build = {"": Installed("", needed)}
-    found = unmet({**there, **build}, markers(archive, ""))
+    found = unmet_on(archive, "", {**there, **build})
     return [
         f"{each.requirement} (it has {each.have})" if each.have else each.requirement
         for each in found
@@ -76,34 +79,63 @@ def lacking(source: Source, archive: Archive) -> list[str]:
 
 
 @cache
-def _source(folder: Path, name: str, state: Path) -> Source:
-    if not folder.is_dir():
-        raise SourceProblem(f"there is no folder {folder} on this machine")
-    requires = _build_requirements(folder, name)
+def _source(place: Path, name: str, state: Path) -> Source:
     try:
-        packed = _pack(folder, state / "sources" / name)
+        if place.is_file():
+            return _of_tar(place, name)
+        if not place.is_dir():
+            raise SourceProblem(f"there is no folder {place} on this machine")
+        requires = _build_requirements(place, name, lambda file: _text(place / file))
+        packed = _pack(place, state / "sources" / name)
     except OSError as error:
         raise SourceProblem(
-            f"{error.filename or folder} cannot be read: {error.strerror}"
+            f"{error.filename or place} cannot be read: {error.strerror or error}"
         ) from None
     return Source(Parcel(packed, packed.stem, f"sources/{packed.name}"), requires)
 
 
-def _build_requirements(folder: Path, name: str) -> tuple[str, ...]:
-    path = folder / "pyproject.toml"
-    if not path.is_file():
-        if not (folder / "setup.py").is_file():
+def _text(path: Path) -> bytes | None:
+    return path.read_bytes() if path.is_file() else None
+
+
+def _of_tar(packed: Path, name: str) -> Source:
+    """What was packed already. Raises OSError too."""
+    try:
+        with tarfile.open(packed, "r:") as tar:
+            files = {member.name: member for member in tar if not member.isdir()}
+
+            def read(file: str) -> bytes | None:
+                found = tar.extractfile(files[file]) if file in files else None
+                return found.read() if found else None
+
+            requires = _build_requirements(packed, name, read)
+    except (tarfile.TarError, KeyError) as error:  # or a link that leads nowhere
+        raise SourceProblem(
+            f"{packed} is neither a folder nor a plain tar of one: {error}"
+        ) from None
+    status = packed.stat()
+    digest = digest_of(packed, status.st_size, status.st_mtime_ns)
+    return Source(Parcel(packed, digest, f"sources/{digest}.tar"), requires)
+
+
+def _build_requirements(
+    place: Path, name: str, read: Callable[[str], bytes | None]
+) -> tuple[str, ...]:
+    """read: content of a file of the source, or None where it has none such."""
+    path, told = place / "pyproject.toml", read("pyproject.toml")
+    if told is None:
+        if read("setup.py") is None:
             raise SourceProblem(
-                f"{folder} has neither pyproject.toml nor setup.py: pip cannot build it"
+                f"{place} has neither pyproject.toml nor setup.py: pip cannot build it"
             )
         return ("setuptools",)
-    told: dict[str, Any]
+    values: dict[str, Any]
     try:
-        told = tomlkit.parse(path.read_text(encoding="utf-8")).unwrap()
-        own = told.get("project", {}).get("name", name)
-        system = told.get("build-system", {})
+        values = tomlkit.parse(told).unwrap()
+        own = values.get("project", {}).get("name", name)
+        system = values.get("build-system", {})
         requires = tuple(map(str, system.get("requires", ["setuptools"])))
-    except (OSError, TOMLKitError, ValueError, AttributeError, TypeError) as error:
+    except (TOMLKitError, ValueError, AttributeError, TypeError) as error:
         raise SourceProblem(f"{path} cannot be read: {error}") from None
     if normal_name(str(own)) != name:
         raise SourceProblem(f"{path} is that of {own}, not of {name}")
@@ -155,7 +187,8 @@ def _member(folder: Path, path: Path) -> tarfile.TarInfo:
     member.mtime = TIME
     if path.is_symlink():
         target = str(path.readlink())
-        inside = Path(os.path.normpath(path.parent / target)).is_relative_to(folder)
+        leads = os.path.normpath(path.parent / target)
+        inside = Path(leads).is_relative_to(os.path.normpath(folder))
         if target.startswith("/") or not inside:
             raise SourceProblem(
                 f"{path} is a link to {target}, which does not travel with {folder}"

@@ -118,7 +118,8 @@ class Environment(Strict):
     distribute: the way of the archive: once to the shared storage, from which all nodes read it, or to the
         first node and from each node to the next; None means shared where there is a shared storage.
     keep: how many earlier trees stay beside the prefix; declaring the archive of one again puts it back.
-    editable: distribution to its source, a folder on the control machine, that replaces the archive's own.
+    editable: distribution to its source, a folder on the control machine or what ``lockstep bundle`` packed
+        of one, that replaces the archive's own.
     """
 
     archive: ControlPath | None = None

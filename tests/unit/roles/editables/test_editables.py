@@ -18,13 +18,14 @@ from inventory.cluster import Cluster, Node
 from roles.core.role import Finding, Target, Unreadable
 from roles.core.steps import Shell, Upload
 from roles.editables import prove, source
-from roles.editables.converge import converge, proof
+from roles.editables.converge import _forget, converge, proof
 from roles.editables.drift import drift, sources_of
 from roles.editables.probe import EditablesState, Seen, parse, probe
 from roles.editables.source import SourceProblem, source_of
 from roles.environment import sources
 from roles.environment.archive import Archive
 from roles.environment.spec import Environments
+from roles.storage.spec import StorageSpec
 
 PROJECT = Path(__file__).parents[1] / "looks" / "rehearsal-tool"
 SITE = "/opt/lockstep/envs/llm/lib/python3.11/site-packages"
@@ -112,6 +113,29 @@ def test_links_inside_travel_and_others_are_refused(project: Path) -> None:
         with pytest.raises(SourceProblem, match=f"is a link to {target}, which does not travel"):
             packed(project)
     assert not list(project.parent.glob("state/sources/packing.*"))
+
+
+def test_a_link_inside_travels_however_its_folder_is_spelt(project: Path) -> None:
+    (project / "inside").symlink_to("rehearsal_tool/__init__.py")
+    assert packed(project / "rehearsal_tool" / "..") == packed(project)
+
+
+def test_what_was_packed_is_the_same_source_as_its_folder(project: Path, tmp_path: Path) -> None:
+    of_folder = packed(project)
+    (tmp_path / "tool.tar").write_bytes(of_folder.read_bytes())
+    source._source.cache_clear()
+    where = of(rehearsal_tool=tmp_path / "tool.tar")
+    found = source_of(where.cluster, where.spec.each()[0], "rehearsal-tool")
+    assert (found.parcel.sha256, found.parcel.place) == (
+        of_folder.stem,
+        f"sources/{of_folder.name}",
+    )
+    assert found.requires == ("setuptools>=61", "wheel")
+    other = drift(of(other=tmp_path / "tool.tar"), state(), {})
+    assert "tool.tar/pyproject.toml is that of rehearsal-tool" in only(other).seen
+    (tmp_path / "odd.tar").write_text("no tar at all")
+    odd = drift(of(rehearsal_tool=tmp_path / "odd.tar"), state(), {})
+    assert "neither a folder nor a plain tar of one" in only(odd).seen
 
 
 def test_a_source_that_cannot_be_used_is_one_sentence(project: Path, tmp_path: Path) -> None:
@@ -313,6 +337,57 @@ def test_a_real_project_is_installed_compared_and_installed_again(
     assert told.stdout.split()[0] == "43"
     assert len(list(site.glob("rehearsal_tool-*.dist-info"))) == 1
     assert (prefix / ".lockstep-environment.json").exists()
+
+
+def test_a_packed_source_that_was_damaged_is_removed_and_told(
+    project: Path, tmp_path: Path
+) -> None:
+    entry = {
+        "archive": "/a.tar",
+        "prefix": str(tmp_path / "env"),
+        "editable": {"rehearsal-tool": str(project)},
+    }
+    where = replace(of(), spec=Environments.model_validate({"llm": entry}))
+    _, tar, install, _ = converge(where, state(), {}, drift(where, state(), {}))
+    assert isinstance(tar, Upload) and isinstance(install, Shell)
+    node = str(tmp_path / "node")
+    damaged = Path(tar.destination.replace("/var/lib/lockstep", node))
+    damaged.parent.mkdir(parents=True)
+    damaged.write_bytes(tar.source.read_bytes()[:-1])
+    command = install.command.replace("/var/lib/lockstep", node)
+    done = subprocess.run(["sh", "-ec", command], capture_output=True, text=True)
+    assert done.returncode == 1 and not damaged.exists()
+    assert done.stderr == f"{damaged} was damaged, and is removed: converge again\n"
+
+
+def test_sources_of_earlier_runs_go_and_shared_ones_when_they_are_a_day_old(
+    project: Path, tmp_path: Path
+) -> None:
+    where = of(rehearsal_tool=project)
+    shared = tmp_path / "shared"
+    storage = StorageSpec.model_validate({"kind": "existing", "path": str(shared)})
+    cluster = replace(where.cluster, sections={**where.cluster.sections, "storage": storage})
+    where = replace(where, cluster=cluster)
+    now = packed(project).name
+    local, depot = tmp_path / "node/sources", shared / ".lockstep/sources"
+    for folder in (local, depot):
+        folder.mkdir(parents=True)
+        for name in (now, "earlier.tar", "yesterday.tar"):
+            (folder / name).touch()
+        for name in (now, "yesterday.tar"):
+            os.utime(folder / name, (1, 1))
+
+    def run(of: Target[Environments]) -> None:
+        command = _forget(of).replace("/var/lib/lockstep", str(tmp_path / "node"))
+        subprocess.run(["sh", "-ec", command], check=True)
+
+    worker = Node(name="node2", address="10.0.0.2")
+    nodes = {"node1": NODE, "node2": worker}
+    run(replace(where, cluster=replace(cluster, nodes=nodes), node=worker))
+    assert sorted(path.name for path in local.iterdir()) == [now]
+    assert len(list(depot.iterdir())) == 3
+    run(where)
+    assert sorted(path.name for path in depot.iterdir()) == sorted([now, "earlier.tar"])
 
 
 def in_tree_backend(project: Path) -> None:
