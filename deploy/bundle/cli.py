@@ -8,11 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from deploy.bundle import debs, rpms, wanted, wheels
-from deploy.bundle.cluster_file import rewritten
+from deploy.bundle.cluster_file import packed_source, rewritten
 from deploy.bundle.store import MIB, BundleError, Store
 from inventory.cluster import Cluster
 from inventory.reader import read_mapping
 from inventory.settings import state_directory
+from roles.editables.source import SourceProblem, source_of
 from roles.environment import sources as environments
 from roles.environment.archive import ArchiveProblem
 from roles.environment.spec import Environments
@@ -76,13 +77,17 @@ def bundle(cluster: Cluster, folder: Path, ask_only: bool, say: Callable[[str], 
         try:
             archive = environments.described(cluster, one)
             source = environments.archive_of(cluster, one)
-        except ArchiveProblem as problem:
+            editable = {name: source_of(cluster, one, name).parcel for name in one.spec.editable}
+        except (ArchiveProblem, SourceProblem) as problem:
             raise BundleError(f"environment {one.name}: {problem}") from None
         archives[one.name] = f"environments/{one.name}.{archive.ending}"
         copied = "copied" if store.copy(source, archives[one.name]) else "there already"
         machines = [system.machine for system in systems]
         fresh = wheels.gather(store, cluster, one, archive.python, machines)
-        say(f"environment {one.name}: {copied}; {fresh} wheels of its pins fetched")
+        for name, parcel in editable.items():
+            store.copy(parcel.source, packed_source(one.name, name))
+        packed = f"; sources of {', '.join(editable)}" if editable else ""
+        say(f"environment {one.name}: {copied}; {fresh} wheels of its pins fetched{packed}")
     if cluster.job is not None:
         store.copy(cluster.job, "job.yaml")
     values = read_mapping(cluster.path).values

@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from roles.environment.spec import normal_name
+
 HEADER = (
     "# Written by 'lockstep bundle' from {name}; the next one writes it again. Paths of the bundle count from\n"
     "# this file's folder. Keys and passwords are not in the bundle: those paths are as they were.\n"
@@ -35,11 +37,18 @@ def rewritten(path: Path, values: Mapping[str, Any], files: Mapping[str, str], j
         one["archive"] = archive
         if one.get("pins"):
             one["wheels"] = f"wheels/{name}"
+        if one.get("editable"):
+            one["editable"] = {each: packed_source(name, each) for each in one["editable"]}
     if job:
         declared["job"] = "job.yaml"
     return HEADER.format(name=path.name) + yaml.safe_dump(
         declared, sort_keys=False, allow_unicode=True, width=100
     )
+
+
+def packed_source(environment: str, distribution: str) -> str:
+    """Where the bundle has the source of an editable distribution."""
+    return f"sources/{environment}/{normal_name(distribution)}.tar"
 
 
 def _nodes(declared: Mapping[str, Any]) -> list[Any]:

@@ -13,7 +13,7 @@ from roles.packages import bundle
 BEFORE = ".manifest-before.json"
 """The manifest of the last whole bundle, while one is made: without it nothing takes the folder for whole."""
 
-OWN = ("packages", "environments", "wheels")
+OWN = ("packages", "environments", "wheels", "sources")
 """The folders in it, in which nothing else may lie."""
 
 

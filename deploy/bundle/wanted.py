@@ -69,13 +69,15 @@ def ask(cluster: Cluster) -> Wanted:
                 return str(error)
             if about.manager not in ("apt", "rpm"):
                 return "it has neither dpkg nor rpm"
+            if not names:
+                return "no section installs packages there: each is unmanaged or only checked"
             return System(
                 id=about.id,
                 release=about.release,
                 machine=about.machine,
                 manager=about.manager,
                 nodes=[node.name],
-                packages=names,
+                packages=[*dict.fromkeys(names)],
             )
 
         found = reached.each(look)

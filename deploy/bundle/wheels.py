@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from deploy.bundle.store import BundleError, Store
@@ -32,30 +32,38 @@ def gather(
             if one.spec.wheels is not None:
                 files = [parcel.source for parcel in wheels_of(cluster, one, name, python)]
                 fresh += sum(store.copy(file, f"wheels/{one.name}/{file.name}") for file in files)
-            elif not _there(store, one.name, name, pin, python):
-                fresh += _download(store, one, f"{name}=={pin}", python, machines)
+            elif lacking := _lacking(store, one.name, name, pin, python, machines):
+                fresh += _download(store, one, f"{name}=={pin}", python, lacking)
         return fresh
     except WheelProblem as problem:
         raise BundleError(f"environment {one.name}: {problem}") from None
 
 
-def _there(store: Store, environment: str, name: str, pin: str, python: str) -> bool:
-    """Whether the last run's wheel is there, as it was."""
+def _lacking(
+    store: Store, environment: str, name: str, pin: str, python: str, machines: Iterable[str]
+) -> list[str]:
+    """The machines for which the last run's wheel is not there as it was."""
+    platforms = []
     for path in (store.folder / "wheels" / environment).glob("*.whl"):
         parts = of_wheel(path.name)
         right = parts and parts[0] == normal_name(name) and meets(parts[1], pin)
-        if right and parts and fits(parts[2], python):
-            return store.has(f"wheels/{environment}/{path.name}")
-    return False
+        fitting = right and parts and fits(parts[2], python)
+        if fitting and store.has(f"wheels/{environment}/{path.name}"):
+            platforms.append(path.stem.rpartition("-")[2])
+    return [
+        machine
+        for machine in dict.fromkeys(machines)
+        if not any(platform == "any" or platform.endswith(f"_{machine}") for platform in platforms)
+    ]
 
 
 def _download(
-    store: Store, one: Declared, requirement: str, python: str, machines: Iterable[str]
+    store: Store, one: Declared, requirement: str, python: str, machines: Sequence[str]
 ) -> int:
     tag = f"cp{python.replace('.', '')}"
     pip = pip_wheel("{}.{}".format(*sys.version_info)).source
     fresh = 0
-    for machine in dict.fromkeys(machines):
+    for machine in machines:
         glibc = [f"manylinux_2_{minor}" for minor in range(NEWEST_GLIBC, OLDEST_GLIBC - 1, -1)]
         kinds = [*glibc, "manylinux2014", "manylinux2010", "manylinux1", "linux"]
         options = [f"--platform={kind}_{machine}" for kind in kinds]

@@ -10,13 +10,17 @@ from typing import Any
 import pytest
 import yaml
 
-from deploy.bundle import cli, debs, rpms, wanted
+from deploy.bundle import cli, debs, rpms, wanted, wheels
 from deploy.bundle.cluster_file import rewritten
 from deploy.bundle.store import BundleError, Store, digest
 from deploy.bundle.tools import reason
 from deploy.bundle.wanted import System, Wanted
 from inventory.cluster import Cluster
 from roles import registry
+from roles.editables.source import source_of
+from roles.environment import sources
+from roles.environment.archive import Archive
+from roles.environment.spec import Environments
 from roles.packages import bundle as manifests
 
 DEBIAN = System(
@@ -202,6 +206,49 @@ def test_the_file_of_the_bundle_uses_what_it_holds_and_finds_what_it_does_not(
         "main": {"archive": files["main"], "pins": {"protobuf": "3.20"}, "wheels": "wheels/main"},
         "other": {"archive": files["other"]},
     }
+
+
+def test_sources_of_editable_packages_are_in_the_bundle_as_they_are_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCKSTEP_STATE", str(tmp_path / "state"))
+    project = Path(__file__).parents[1] / "roles/looks/rehearsal-tool"
+    entry = f"  main: {{archive: main.tar, editable: {{Rehearsal_Tool: {project}}}}}\n"
+    head = CLUSTER.partition("environments:")[0]
+    (tmp_path / "hosts.yaml").write_text(f"{head}environments:\n{entry}")
+    cluster_in(tmp_path)
+    cluster, folder, said = registry.read(tmp_path / "hosts.yaml"), tmp_path / "bundle", list[str]()
+    (tmp_path / "main.tar").write_text("an archive")
+    archive = Archive("ab" * 32, 1, 1, "tar", "", "3.11", "bin/python3", None)
+    monkeypatch.setattr(sources, "describe", lambda path, source: archive)
+    answer = Wanted(cluster=digest(cluster.path), systems=[DEBIAN])
+    monkeypatch.setattr(wanted, "ask", lambda cluster: answer)
+    monkeypatch.setattr(debs, "gather", lambda *given: (0, 0, 0))
+    for _ in range(2):
+        cli.bundle(cluster, folder, False, said.append)
+    assert "sources/main/rehearsal-tool.tar" in manifests.read(folder).files
+    found = registry.read(folder / "cluster.yaml")
+    (one,), (before,) = (
+        section.each()
+        for each in (found, cluster)
+        if (section := each.section("environments", Environments))
+    )
+    assert source_of(found, one, "Rehearsal_Tool").parcel.sha256 == (
+        source_of(cluster, before, "Rehearsal_Tool").parcel.sha256
+    )
+
+
+def test_of_two_kinds_of_machines_each_keeps_its_wheel(tmp_path: Path) -> None:
+    place = "wheels/main/x-1.0-cp311-cp311-manylinux_2_17"
+    names = [f"{place}_{machine}.whl" for machine in ("x86_64", "aarch64")]
+    filled(tmp_path, *names)
+    both = ["x86_64", "aarch64", "x86_64"]
+    store = Store(tmp_path)
+    assert wheels._lacking(store, "main", "x", "1.0", "3.11", both) == []
+    store.close()
+    assert all((tmp_path / name).exists() for name in names)
+    (tmp_path / names[1]).write_text("damaged")
+    assert wheels._lacking(Store(tmp_path), "main", "x", "1.0", "3.11", both) == ["aarch64"]
 
 
 @pytest.mark.parametrize(
