@@ -8,28 +8,21 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from functools import cache
 from pathlib import Path
 
 from inventory.cluster import Node
 from roles.core.role import Finding, Peers, Target
 from roles.core.steps import Download, Shell, Step, Upload, quote
-from roles.environment.converge import alone
+from roles.environment.converge import alone, here_script
 from roles.environment.spec import Declared, Environments
 from roles.ops.drift import REPAIRS, bundle, of_environment, wanted
 from roles.ops.place import HOME, folder, python
 from roles.ops.probe import HELD, Lock, OpsState
 from roles.ops.prove import STAMP
 
+HERE = Path(__file__).parent
 COMPILE_SECONDS = 3600
 UNPACK_SECONDS = 600
-
-
-@cache
-def _script(name: str) -> str:
-    """A script of this folder as a here-document."""
-    text = Path(__file__).with_name(name).read_text()
-    return f"<<'LOCKSTEP_SCRIPT'\n{text}LOCKSTEP_SCRIPT\n"
 
 
 def converge(
@@ -78,7 +71,7 @@ def compiling(one: Declared, node: Node, want: dict[str, str]) -> str:
     order = json.dumps({"ops": one.spec.ops, "for": want})
     return (
         f"umask 022\ncd /\n{_fresh(one)}"
-        f'{python(one, node)} - "$N"/{STAMP} {quote(order)} {_script("build.py")}'
+        f'{python(one, node)} - "$N"/{STAMP} {quote(order)} {here_script("build.py", HERE)}'
         'tar --format=posix -C "$N" -czf "$D.tar.gz.new" .\n'
         'sync "$D.tar.gz.new"\nmv -f "$D.tar.gz.new" "$D.tar.gz"\n'
         f"{_SWITCH}"
@@ -111,7 +104,7 @@ def proof(target: Target[Environments]) -> str:
     """
     calls = (
         f"{python(one, target.node)} - {quote(folder(one.name))} {' '.join(one.spec.ops)} "
-        f"{_script('prove.py')}"
+        f"{here_script('prove.py', HERE)}"
         'c=$?; if [ "$c" != 0 ]; then printf '
         f"'ops-load\\t%s: loading them ended with status %s\\n' {quote(folder(one.name))} \"$c\"; fi\n"
         for one in target.spec.each()
