@@ -22,6 +22,7 @@ role: Role[Environments, PinsState] = Role(
     converge=converge,
     proof=proof,
     needs=("environment",),
+    proof_needs=("editables",),
     head_first=True,
     remarks=remarks,
     facts=[Fact("requirements not met", "equal", unmet_of)],

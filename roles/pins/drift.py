@@ -96,7 +96,8 @@ def _requirements(
 ) -> Iterator[Finding]:
     """What the last check in the environment itself found, if it still stands."""
     site = state.environments.get(one.name, Site())
-    if not site.path:  # the environment role says so
+    lost = {*map(normal_name, one.spec.editable)} - {of_metadata(name)[0] for name in site.folders}
+    if not site.path or lost:  # the environment's and the editables' roles say so
         return
     pip = pip_wheel(archive.python)
     found = site.unmet

@@ -380,6 +380,17 @@ def test_what_the_archive_itself_does_not_meet_is_a_remark_of_the_head(
     assert list(remarks(worker, seen, {}, False)) == []
 
 
+def test_without_an_editable_package_that_alone_is_told() -> None:
+    where = of({"editable": {"Rehearsal_Tool": "tool"}})
+    there = state("rehearsal_tool-1.0.dist-info", unmet=[])
+    site = replace(there.environments["llm"], folders=frozenset())
+    assert drift(where, there, {}) == []
+    assert drift(where, replace(there, environments={"llm": site}), {}) == []
+    assert only(drift(of({}), replace(there, environments={"llm": site}), {})).id == (
+        "requirements-unchecked"
+    )
+
+
 def test_what_is_newly_unmet_on_a_node_is_a_finding() -> None:
     seen = state("a-1.dist-info", unmet=[["a", "1", "b>=2", "b", "1.0"]])
     finding = only(drift(of({}), seen, {}))
