@@ -42,7 +42,7 @@ cd
 settings=$(sshd -T -C "user=$USER,host=$taker,addr=$taker" 2>/dev/null) || :  # root alone may ask
 authorized=$(printf '%s\n' "$settings" | sed -n 's/^authorizedkeysfile \([^ ]*\).*/\1/p')
 authorized=$(printf %s "${authorized:-.ssh/authorized_keys}" | sed "s,%h,$HOME,g;s,%u,$USER,g;s,%%,%,g")
-case $authorized in none) ;; *) authorized=$(readlink -f "$authorized") ;; esac
+case $authorized in none) ;; *) authorized=$(readlink -m "$authorized") ;; esac
 """
 """Shell that sets $settings, sshd's for who comes from $taker, and $authorized, the file with his keys."""
 
@@ -70,7 +70,7 @@ done
 
 STALE = f"""
 if grep -q {MARK} "$authorized" 2>/dev/null; then
-  grep -o '{MARK}[0-9a-f]*$' "$authorized" | while read -r mark; do
+  grep -a -o '{MARK}[0-9a-f]*$' "$authorized" | while read -r mark; do
     test -n "$(find "{FOLDER}/$mark" -mmin -{EXPIRY_MINUTES} 2>/dev/null)" || echo "$mark"
   done
 fi
@@ -81,17 +81,20 @@ fi
 def drop(marks: str) -> str:
     """Shell that takes lines out of $authorized, and their scripts away.
 
-    marks: shell that prints the lines' comments. At a power cut there is the old file or the new one.
+    marks: shell that prints the lines' comments. At a power cut, and on a full disk, there is the old file or
+    the new one; lines of other keys stay byte for byte, also where they are no text (``grep -a``).
     """
+    kept = f'grep -a -v -F -f {FOLDER}/drop "$authorized" >"$authorized.lockstep-new"'
     return (
         f"mkdir -p -m 0700 {FOLDER}\nexec 9>>{FOLDER}/lock\nflock -w 20 9\n"
         f"{{ {marks.strip()}\n}} >{FOLDER}/drop\n"
         f'if test -s {FOLDER}/drop && test -f "$authorized"; then\n'
-        '  cp -p "$authorized" "$authorized.lockstep-new"\n'
-        f'  grep -v -F -f {FOLDER}/drop "$authorized" >"$authorized.lockstep-new" || :\n'
-        '  sync "$authorized.lockstep-new"\n'
-        '  mv -f "$authorized.lockstep-new" "$authorized"\n'
-        '  if test -e /sys/fs/selinux/enforce; then restorecon "$authorized" || :; fi\n'
+        '  if cp -p "$authorized" "$authorized.lockstep-new" &&\n'
+        f"    {{ {kept} || test $? = 1; }} &&\n"  # 1: no line stays
+        '    sync "$authorized.lockstep-new"; then\n'
+        '    mv -f "$authorized.lockstep-new" "$authorized"\n'
+        '    if test -e /sys/fs/selinux/enforce; then restorecon "$authorized" || :; fi\n'
+        '  else rm -f "$authorized.lockstep-new"; fi\n'
         "fi\n"
         f"(cd {FOLDER}; xargs rm -f <drop)\nexec 9>&-\n"
     )

@@ -155,6 +155,44 @@ def test_lines_of_killed_runs_are_found_and_swept_and_those_of_a_live_one_stay(
     assert lines(home) == [OTHER] and sh(find) == ""
 
 
+def test_lines_of_other_keys_stay_byte_for_byte(
+    home: Path, step: Upload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LC_ALL", "C.UTF-8")
+    others = b"ssh-ed25519 AAAAx m\xfcller\nssh-ed25519 AAAAy of\0a spoilt disk\n"
+    (home / ".ssh/authorized_keys").write_bytes(others)
+    Path(step.destination).write_bytes(step.source.read_bytes())
+    grant(step)
+    give(home, "0").communicate(timeout=20)
+    assert soon(lambda: not (home / ".ssh/lockstep-relay" / MARK).exists())
+    assert (home / ".ssh/authorized_keys").read_bytes() == others
+
+
+@pytest.mark.parametrize("tool", ["grep", "cp", "sync"])
+def test_on_a_full_disk_no_key_is_lost(home: Path, tmp_path: Path, tool: str) -> None:
+    full = "echo 'no space left on device' >&2; exit 2"
+    (tmp_path / "tools" / tool).write_text(f"#!/bin/sh\n{full}\n")
+    (tmp_path / "tools" / tool).chmod(0o755)
+    own = f"ssh-ed25519 AAAAkey {MARK}"
+    (home / ".ssh/authorized_keys").write_text(f"{OTHER}\n{own}\n")
+    sh(f"taker=localhost{relay.LOGIN}{relay.drop(f'echo {MARK}')}")
+    assert lines(home) == [OTHER, own]
+    (tmp_path / "tools" / tool).unlink()
+    sh(f"taker=localhost{relay.LOGIN}{relay.drop(f'echo {MARK}')}")
+    assert lines(home) == [OTHER]
+    assert {path.name for path in (home / ".ssh").iterdir()} == {
+        "authorized_keys",
+        "lockstep-relay",
+    }
+
+
+def test_a_user_who_has_no_keys_yet_can_be_given_one(home: Path, step: Upload) -> None:
+    (home / ".ssh/authorized_keys").unlink()
+    (home / ".ssh").rmdir()
+    grant(step)
+    assert [line.rpartition(" ")[2] for line in lines(home)] == [MARK]
+
+
 def test_the_taker_goes_on_where_its_part_ends_and_leaves_no_key(
     home: Path, step: Upload, tmp_path: Path
 ) -> None:
