@@ -103,6 +103,14 @@ Quoted = Callable[[str], str]
 quote: Quoted = shlex.quote
 
 
+def settled(words: str) -> str:
+    """Shell that waits until all data of a file system is on the disk. words: a path on it, for the shell.
+
+    ``sync`` of coreutils before 8.24 (release 7 of the RHEL family) knows no -f, and syncs everything.
+    """
+    return f"if sync --help | grep -q file-system; then sync -f {words}; else sync; fi"
+
+
 def relabel(path: str) -> str:
     """Shell that gives a path the context that SELinux's policy has for it, where SELinux is on.
 

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from inventory.cluster import Cluster
 from roles.core.role import Finding, Peers, Target
-from roles.core.steps import Shell, Step, quote
+from roles.core.steps import Shell, Step, quote, settled
 from roles.environment import parcel
 from roles.environment.archive import Archive
 from roles.environment.drift import Action, Pair, pairs, wanted_proof, wanted_stamp
@@ -204,9 +204,10 @@ def _mend(variable: str, archive: Archive) -> str:
 
 def _stamp(variable: str, one: Declared, archive: Archive) -> str:
     """Shell that stamps a tree whose data has reached the disk."""
-    stamp = f'"${variable}"/{STAMP}'
+    tree = f'"${variable}"'
+    stamp = f"{tree}/{STAMP}"
     return (
-        f'sync -f "${variable}"\n'
+        f"{settled(tree)}\n"
         f"printf '%s\\n' {quote(wanted_stamp(one, archive))} > {stamp}.new\n"
         f'sync {stamp}.new\nmv -f {stamp}.new {stamp}\nsync "${variable}"\n'
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from inventory.cluster import Node
 from roles.core.role import Finding, Peers, Target
-from roles.core.steps import Download, Shell, Step, Upload, quote
+from roles.core.steps import Download, Shell, Step, Upload, quote, settled
 from roles.environment.converge import alone, here_script
 from roles.environment.spec import Declared, Environments
 from roles.ops.drift import REPAIRS, bundle, of_environment, wanted
@@ -89,7 +89,8 @@ def _fresh(one: Declared) -> str:
     )
 
 
-_SWITCH = """sync -f "$N"
+_ON_DISK = settled('"$N"')
+_SWITCH = f"""{_ON_DISK}
 rm -rf "$D.old"
 if [ -e "$D" ]; then mv -T "$D" "$D.old"; fi
 mv -T "$N" "$D"

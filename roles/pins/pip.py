@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from roles.core.steps import quote
+from roles.core.steps import quote, settled
 from roles.environment.converge import ASIDE, LOGIN
 from roles.environment.prove import PROOF, STAMP
 from roles.pins.prove import CHECKED
@@ -20,6 +20,7 @@ def install(prefix: str, pip: str, arguments: str, before: str = "", after: str 
     pip: the wheel that it runs from. arguments: words of the shell. before, after: shell around it, the
     latter where it succeeded.
     """
+    on_disk = settled('"$P"')
     return (
         f'umask 022\ncd /\nP={quote(prefix)}\nmv -f "$P"/{STAMP} "$P"/{ASIDE}\nsync "$P"\n'
         f"{before}c=0\n"
@@ -27,5 +28,5 @@ def install(prefix: str, pip: str, arguments: str, before: str = "", after: str 
         "--disable-pip-version-check --no-input --no-cache-dir install --quiet --no-deps "
         f"{arguments} || c=$?\n"
         f'if [ "$c" = 0 ]; then\nrm -f "$P"/{PROOF} "$P"/{CHECKED}\n{after}fi\n'
-        f'if [ "$c" -lt 128 ]; then sync -f "$P"; mv -f "$P"/{ASIDE} "$P"/{STAMP}; fi\nexit "$c"\n'
+        f'if [ "$c" -lt 128 ]; then {on_disk}; mv -f "$P"/{ASIDE} "$P"/{STAMP}; fi\nexit "$c"\n'
     )

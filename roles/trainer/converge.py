@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 from roles.core.role import Finding, Peers, Target
-from roles.core.steps import Shell, Step, quote
+from roles.core.steps import Shell, Step, quote, settled
 from roles.environment.converge import LOGIN, alone
 from roles.environment.parcel import deliver, place_of
 from roles.environment.spec import Declared
@@ -45,12 +45,13 @@ def converge(
 
 def install(one: Declared, wheel: str) -> str:
     """Shell: unpack the wheel into the environment's site-packages."""
+    on_disk = settled('"$s"')
     return (
         f"umask 022\nP={quote(one.prefix)}\n"
         'for s in "$P"/lib/python3*/site-packages; do\n'
         '  if [ -d "$s" ] && ! [ -L "${s%/site-packages}" ]; then\n'
         f'    "$P/bin/python" -I - {quote(wheel)} "$s" <<\'LOCKSTEP_SCRIPT\'\n{_script()}LOCKSTEP_SCRIPT\n'
-        '    sync -f "$s"\n'
+        f"    {on_disk}\n"
         "  fi\ndone\n"
     )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from roles.core.steps import block_lines, managed_block, write_file
+from roles.core.steps import block_lines, managed_block, settled, write_file
 
 
 def sh(command: str) -> None:
@@ -62,3 +62,18 @@ def test_a_begin_without_an_end_loses_only_the_mark() -> None:
 def test_block_lines_are_none_without_a_whole_block() -> None:
     assert block_lines("# lockstep hosts: begin\nx\n", "hosts") is None
     assert block_lines(managed_block("", "hosts", ["x", "y"]), "hosts") == ["x", "y"]
+
+
+@pytest.mark.parametrize(
+    ("options", "given"), [("  -f, --file-system  sync that alone", "-f /place"), ("", "")]
+)
+def test_a_sync_that_knows_no_file_systems_syncs_everything(
+    tmp_path: Path, options: str, given: str
+) -> None:
+    sync = tmp_path / "sync"
+    sync.write_text(
+        f'#!/bin/sh\ntest "$1" = --help && echo "{options}" || echo "$*" >>{tmp_path}/given\n'
+    )
+    sync.chmod(0o755)
+    sh(f"PATH={tmp_path}:$PATH\n{settled('/place')}\n")
+    assert (tmp_path / "given").read_text() == f"{given}\n"
