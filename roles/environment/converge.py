@@ -18,7 +18,7 @@ from roles.environment import parcel
 from roles.environment.archive import Archive
 from roles.environment.drift import Action, Pair, pairs, wanted_proof, wanted_stamp
 from roles.environment.parcel import deliver, place_of
-from roles.environment.probe import BIN_ON_PATH, EnvironmentState, parcel_of
+from roles.environment.probe import BIN_ON_PATH, EnvironmentState, archive_of, parcel_of
 from roles.environment.prove import STAMP
 from roles.environment.sources import described
 from roles.environment.spec import Declared, Environments, unit_variables
@@ -29,6 +29,8 @@ SPARE_KIB, SPARE_INODES = 65536, 1000
 """What a node's disk must have beyond the environment."""
 ASIDE = f"{STAMP}.aside"
 """The stamp of an environment while something is installed into it."""
+BESIDE = '"$P".lockstep-new-*'
+"""Trees that a change made beside the prefix, as words of the shell."""
 LOGIN = "env -i HOME=/root PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 """What a login that runs no shell profile has: how launchers reach the other nodes."""
 
@@ -111,8 +113,8 @@ def beside(one: Declared, archive: Archive) -> str:
 
 def _kept(cluster: Cluster) -> list[str]:
     section = cluster.section("environments", Environments)
-    known = section.each() if section else []
-    return [described(cluster, one).file_name for one in known]
+    found = [archive_of(cluster, one) for one in (section.each() if section else [])]
+    return [archive.file_name for archive in found if archive is not None]
 
 
 def prepare(one: Declared, archive: Archive) -> str:
@@ -133,7 +135,7 @@ def prepare(one: Declared, archive: Archive) -> str:
     kib, inodes = archive.unpacked // 1024 + SPARE_KIB, archive.entries + SPARE_INODES
     return (
         f"P={quote(one.prefix)} D={quote(str(PurePosixPath(one.prefix).parent))}\n{needs}"
-        'rm -rf "$P".lockstep-new-*\nmkdir -p "$D"\n'
+        f'{_remove(BESIDE)}mkdir -p "$D"\n'
         # free MEASURE-OPTION: the free column of a disk's second line; a file system may count no inodes
         'free() { df -P "$1" "$D" | awk \'NR == 2 { print ($2 > 0 && $4 ~ /^[0-9]+$/) ? $4 : "any" }\'; }\n'
         "F=$(free -k)\n"
@@ -159,12 +161,12 @@ def unpack_options(archive: Archive) -> str:
 def unpack(one: Declared, archive: Archive, path: str, kept: Sequence[str] = ()) -> str:
     """Shell: from the archive at ``path`` to the new environment in place.
 
-    kept: names of archives that stay in the node's own folder; those of earlier versions go.
+    kept: names of archives that stay in the node's own folder; those of earlier versions go, whole or begun.
     """
-    names = "|".join([*map(quote, kept), "''"])
+    names, folder = "|".join([*map(quote, kept), "''"]), quote(f"{parcel.LOCAL}/archives")
     return (
         f"umask 022\nP={quote(one.prefix)} N={quote(beside(one, archive))} A={quote(path)}\n"
-        'rm -rf "$P".lockstep-new-*\n'
+        f"{_remove(BESIDE)}"
         f'if [ "$(stat -c %s "$A")" != {archive.size} ] ||\n'
         f'  ! echo "{archive.sha256}  $A" | sha256sum -c --status -; then rm -f "$A"\n'
         '  echo "$A was damaged, and is removed: converge again" >&2; exit 1; fi\n'
@@ -177,7 +179,8 @@ def unpack(one: Declared, archive: Archive, path: str, kept: Sequence[str] = ())
         f"{_mend('N', archive)}"
         "trap - EXIT\n"
         f"{put_in_place(one, archive, stamped=False)}"
-        f'for f in {quote(parcel.LOCAL)}/archives/*; do case ${{f##*/}} in {names}) ;; *) rm -f "$f";; esac; done\n'
+        f"for f in {folder}/* {folder}/.*.arriving; do n=${{f##*/}}; n=${{n#.}}\n"
+        f'  case ${{n%.arriving}} in {names}) ;; *) rm -rf "$f";; esac; done\n'
     )
 
 
@@ -218,6 +221,7 @@ def put_in_place(one: Declared, archive: Archive, stamped: bool = True) -> str:
 
     What Lockstep did not make is kept for good, as ``PREFIX.before-lockstep``.
     """
+    older = _remove('"$O"')
     return (
         f"P={quote(one.prefix)} N={quote(beside(one, archive))}\n"
         # An earlier run that went on may have done it since the node was looked at.
@@ -228,12 +232,11 @@ def put_in_place(one: Declared, archive: Archive, stamped: bool = True) -> str:
         "    O=$P.lockstep-new-damaged\n"
         f'  elif [ -e "$P/{STAMP}" ] || [ -e "$P.before-lockstep" ]; then O=$P.lockstep-old\n'
         "  else O=$P.before-lockstep; fi\n"
-        '  if [ "$O" != "$P.before-lockstep" ]; then rm -rf "$O"; fi\n'
+        f'  if [ "$O" != "$P.before-lockstep" ]; then\n    {older}  fi\n'
         f'  mv -T "$P" "$O"\n  rm -f "$P.lockstep-new-damaged/{STAMP}"\nfi\n'
         'mv -T "$N" "$P"\n'
         'sync "${P%/*}"\n'
-        'rm -rf "$P".lockstep-new-*\n'
-        f"{_clean(one)}"
+        f"{_remove(BESIDE)}{_clean(one)}"
     )
 
 
@@ -244,7 +247,7 @@ def put_back(one: Declared, archive: Archive) -> str:
         # An earlier run that went on may have done it since the node was looked at.
         f'grep -q {archive.sha256} "$P.lockstep-old/{STAMP}" || exit 0\n'
         'if [ -e "$P" ]; then\n'
-        '  rm -rf "$P".lockstep-new-*\n'
+        f"  {_remove(BESIDE)}"
         f'  b=$(sed -n \'s/.*"archive": "\\([0-9a-f]\\{{12\\}}\\).*/\\1/p\' "$P/{STAMP}")\n'
         '  mv -T "$P" "$P.lockstep-new-$b"\nfi\n'
         'mv -T "$P.lockstep-old" "$P"\n'
@@ -260,9 +263,15 @@ def _clean(one: Declared) -> str:
         if one.spec.keep
         else "false"
     )
-    return f'for n in "$P".lockstep-new-*; do {keep} || rm -rf "$n"; done\n' + (
-        "" if one.spec.keep else 'rm -rf "$P.lockstep-old"\n'
+    away = _remove('"$n"')
+    return f"for n in {BESIDE}; do {keep} || {{\n  {away}}}; done\n" + (
+        "" if one.spec.keep else _remove('"$P.lockstep-old"')
     )
+
+
+def _remove(words: str) -> str:
+    """Shell that removes trees; first the stamp, for one that is removed by half must not count as whole."""
+    return f'for t in {words}; do rm -f "$t"/{STAMP}; rm -rf "$t"; done\n'
 
 
 def mend_in_place(one: Declared, archive: Archive) -> str:

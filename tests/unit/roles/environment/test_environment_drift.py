@@ -193,7 +193,7 @@ def test_leftovers_beside_a_right_environment_are_removed() -> None:
     seen = replace(right(), fresh={".lockstep-new-000000000000": ""})
     assert ids(seen) == ["environment-leftover"]
     (clean,) = steps(seen)
-    assert 'rm -rf "$n"' in clean.command and "tar -x" not in clean.command
+    assert 'rm -rf "$t"' in clean.command and "tar -x" not in clean.command
 
 
 def test_the_earlier_tree_is_put_back_where_its_archive_is_declared_again() -> None:
@@ -415,6 +415,26 @@ def test_an_unusable_archive_is_one_sentence_and_changes_nothing(
     assert "environments.llm" in finding.fix
     assert steps(right()) == []
     probe(target())
+
+
+def test_an_unusable_archive_does_not_keep_another_environment_from_being_unpacked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def describe(path: Path, called: str) -> Archive:
+        if path.name == "gone.tar":
+            raise ArchiveProblem(f"there is no archive {path} on this machine")
+        return ARCHIVE
+
+    monkeypatch.setattr(sys.modules["roles.environment.sources"], "describe", describe)
+    section = Environments.model_validate(
+        {"llm": {"archive": "/a.tar", "on_path": False}, "other": {"archive": "/gone.tar"}}
+    )
+    where = target(section=section)
+    found = drift(where, state(MISSING), {})
+    assert [each.id for each in found] == ["environment-missing", "environment-archive"]
+    repairable = [each for each in found if each.repairable]
+    *_, unpack = converge(where, state(MISSING), {}, repairable)
+    assert isinstance(unpack, Shell) and "tar -x" in unpack.command
 
 
 SHARED = f"/shared/.lockstep/archives/{ARCHIVE.file_name}"

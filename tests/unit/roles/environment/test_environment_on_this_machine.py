@@ -461,6 +461,42 @@ def test_a_power_cut_while_the_earlier_tree_is_put_back_is_finished_by_one_run(
     assert words(right) == ["hello", "hi"]
 
 
+def test_an_earlier_tree_that_was_removed_by_half_is_never_put_back(
+    right: Machine, packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = right.entry, other_archive(right, packed)
+    right.entry = second
+    right.settle()
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", f"{right.root}/cut:{os.environ['PATH']}")
+        (right.root / "cut").mkdir()
+        rm = right.root / "cut/rm"
+        old, real = right.prefix.with_name("llm.lockstep-old"), shutil.which("rm", path=os.defpath)
+        rm.write_text(
+            f'#!/bin/sh\nif [ "$*" = "-rf {old}" ]; then {real} -rf {old}/lib; kill -9 $PPID; exit; fi\n'
+            f'exec {real} "$@"\n'
+        )
+        rm.chmod(0o755)
+        right.entry = {**second, "keep": 0}
+        with pytest.raises((AssertionError, IndexError)):
+            right.converge()
+    assert (old / "bin").is_dir() and words(right) == ["hi"]
+    right.entry = first
+    right.settle()
+    assert words(right) == ["hello", "hi"]
+
+
+def test_what_arrived_in_part_of_an_archive_that_nobody_wants_any_more_goes(
+    right: Machine, packed: Path
+) -> None:
+    part = right.root / "var/archives/.of-long-ago.tar.arriving"
+    part.mkdir()
+    (part / "sha256").write_text("begun")
+    right.entry = other_archive(right, packed)
+    right.settle()
+    assert not part.exists()
+
+
 @pytest.mark.parametrize("end", [b"", b"\0" * 100])
 def test_a_cut_or_spoilt_archive_is_removed_and_the_old_environment_stays(
     right: Machine, end: bytes
