@@ -70,8 +70,11 @@ class Archive:
 _lock = RLock()
 """pyinfra asks for several nodes at once; a lock of ``threading`` would stop all its greenlets for ever."""
 
-_refused: dict[tuple[Path, int, int], str] = {}
-"""Archives that cannot be used, by path, size and time: every role and node asks for them in a run."""
+Identity = tuple[Path, int, int]
+"""Path, size in bytes, and time of the last change in nanoseconds."""
+
+_known: dict[Identity, Archive | ArchiveProblem] = {}
+"""What was found in this run: every role and node asks, and the memory on the disk is long."""
 
 
 def describe(path: Path, called: str = "") -> Archive:
@@ -82,33 +85,43 @@ def describe(path: Path, called: str = "") -> Archive:
     """
     memory = state_directory() / "archives.json"
     with _lock:
-        known = _remembered(memory)
-        record = known.get(str(path))
         try:
             status = path.stat()
         except FileNotFoundError:
-            if record:
+            if record := _remembered(memory).get(str(path)):
                 return _archive(record)
             raise ArchiveProblem(f"there is no archive {path} on this machine") from None
         except OSError as error:
             raise ArchiveProblem(f"{path} cannot be read: {error.strerror}") from None
-        identity = [status.st_size, status.st_mtime_ns]
-        if record and record["identity"] == identity:
-            return _archive(record)
-        seen = (path, status.st_size, status.st_mtime_ns)
-        if seen in _refused:
-            raise ArchiveProblem(_refused[seen])
-        try:
-            found = read(path, called)
-        except ArchiveProblem as problem:
-            _refused[seen] = str(problem)
-            raise
-        known[str(path)] = {"identity": identity, **asdict(found)}
+        identity = (path, status.st_size, status.st_mtime_ns)
+        if identity not in _known:
+            try:
+                _known[identity] = _recalled(memory, identity, called)
+            except ArchiveProblem as problem:
+                _known[identity] = problem
+        answer = _known[identity]
+    if isinstance(answer, ArchiveProblem):
+        raise answer
+    return answer
+
+
+def _recalled(memory: Path, identity: Identity, called: str) -> Archive:
+    """From the memory, or else read now and remembered. Raises ArchiveProblem."""
+    path, *rest = identity
+    known = _remembered(memory)
+    record = known.get(str(path))
+    if record and record["identity"] == rest:
+        return _archive(record)
+    found = read(path, called)
+    known[str(path)] = {"identity": rest, **asdict(found)}
+    fresh = memory.with_name(f"archives.json.{os.getpid()}")
+    try:
         memory.parent.mkdir(parents=True, exist_ok=True)
-        fresh = memory.with_name(f"archives.json.{os.getpid()}")
         fresh.write_text(json.dumps(known, indent=1))
         fresh.replace(memory)
-        return found
+    except OSError as error:
+        raise ArchiveProblem(f"{memory} cannot be written: {error.strerror}") from None
+    return found
 
 
 def _remembered(memory: Path) -> dict[str, Any]:

@@ -180,6 +180,7 @@ def hashes(members: Members, root: str, files: Collection[str]) -> dict[str, str
         file = "/".join(filter(None, (match["entry"], match["rest"])))
         if file in files:
             found[file] = metadata.spelt(members.digest_of(member))
+    members.end()  # a program that decompresses waits until all is read
     return found
 
 

@@ -141,6 +141,8 @@ def test_an_archive_is_read_once_and_again_only_when_it_changed(
     with monkeypatch.context() as patch:
         patch.setattr(archive, "read", lambda path, called: pytest.fail("it was read again"))
         assert describe(path) == first
+        archive._known.clear()  # as in the next run
+        assert describe(path) == first
     pack(path, below("llm", CONDA))
     assert describe(path).root == "llm"
 
@@ -159,6 +161,12 @@ def test_a_spoilt_memory_is_forgotten(tmp_path: Path, state: Path, text: str) ->
     state.mkdir()
     (state / "archives.json").write_text(text)
     assert describe(pack(tmp_path / "a.tar", VENV)).python == "3.11"
+
+
+def test_a_memory_that_cannot_be_written_is_one_sentence(tmp_path: Path, state: Path) -> None:
+    state.write_text("a file in the place of the folder")
+    with pytest.raises(ArchiveProblem, match=r"archives\.json cannot be written: "):
+        describe(pack(tmp_path / "a.tar", VENV))
 
 
 def test_a_damaged_archive_is_read_once_a_run_until_it_changes(
