@@ -43,7 +43,7 @@ def upload_folder(node: Host, step: UploadFolder) -> None:
     sums = "find . -type f -exec sha256sum {} +"
     there = session.run(
         node,
-        f"set -e\nif ! test -d {quote(str(landing))}; then {_prepared(node, landing)}; fi\n"
+        f"set -e\n{_prepared(node, landing)}\n"
         f"for d in {quote(str(folder))} {quote(str(landing))}; do if test -d $d; then cd $d; {sums}; fi; done",
         step.seconds,
     ).stdout
@@ -84,11 +84,12 @@ def download(node: Host, step: Download) -> None:
 
 
 def _prepared(node: Host, landing: PurePosixPath) -> str:
-    """Shell that makes an empty folder into which the login user may write."""
+    """Shell that has a folder into which the login user may write; what lies in it stays."""
     user = str(node.data.get("ssh_user") or os.getuid())  # the control machine itself has no login
+    there = quote(str(landing))
     return (
-        f"mkdir -p {quote(str(landing.parent))}\nrm -rf {quote(str(landing))}\n"
-        f"mkdir -m 0700 {quote(str(landing))}\nchown {quote(user)} {quote(str(landing))}"
+        f"mkdir -p {quote(str(landing.parent))}\ntest -d {there} || mkdir -m 0700 {there}\n"
+        f"chown {quote(user)} {there}"
     )
 
 
