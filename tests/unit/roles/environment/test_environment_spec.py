@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from inventory import loader
 from inventory.cluster import Cluster, Node
-from roles.environment.spec import Environments
+from roles.environment.spec import Environment, Environments
 from roles.storage.spec import StorageSpec
 
 
@@ -21,6 +22,12 @@ def test_names_become_prefixes_and_the_only_environment_is_on_the_path() -> None
     one = environments(llm={"archive": "llm.tar.zst"}, manage="check").each()[0]
     assert (one.name, one.prefix, one.on_path) == ("llm", "/opt/lockstep/envs/llm", True)
     assert one.linked == ["torchrun", "deepspeed"]
+
+
+def test_the_example_shows_every_key() -> None:
+    text = (Path(loader.__file__).parent / "example.yaml").read_text()
+    section = text.partition("\nenvironments:\n")[2].partition("\n\n")[0]
+    assert [key for key in Environment.model_fields if f" {key}: " not in section] == []
 
 
 def test_beside_others_an_environment_is_on_the_path_only_when_asked() -> None:
