@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import PurePosixPath
 
 import gevent
@@ -29,6 +30,8 @@ CHUNK = 1 << 18
 SILENT_SECONDS = 30
 """A node that answers nothing for so long is dead."""
 POLL_SECONDS = 5
+MOST_GIVERS = 3
+"""Nodes that one asks before the control machine sends it: where none may reach another, all would ask all."""
 MB = 1_000_000
 
 
@@ -164,13 +167,12 @@ def _from_here(step: Upload, chain: Chain, member: Member) -> None:
 
 
 def _from_nodes(step: Upload, chain: Chain, member: Member) -> bool:
-    """Take it from the nodes that asked before this one; False when none of them can give it all.
+    """Take it from the nodes that asked before this one; False when the nearest of them cannot give it all.
 
     Raises NodeFailed when this node itself is dead.
     """
-    for giver in chain.before(member):
-        if giver.lost:
-            continue
+    givers = (each for each in chain.before(member) if not each.lost)
+    for giver in islice(givers, MOST_GIVERS):
         try:
             _take(step, chain, member, giver)
             return True

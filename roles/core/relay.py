@@ -173,17 +173,20 @@ def opened(
 ) -> Iterator[str]:
     """Shell for the taker that takes the rest of the file; nothing of the key stays after it.
 
-    before: shell that the taker runs first. Raises Refused when the giver cannot be asked, NodeFailed when the taker cannot.
+    before: shell that the taker runs first.
+    Raises Refused when the giver cannot be asked or the taker makes no key, NodeFailed when the taker is dead.
     """
     mark = f"{MARK}{secrets.token_hex(8)}"
     made = session.run(
         taker,
         f"set -e\n{before} >/dev/null\numask 077\nmkdir /run/{mark}\n"
-        f"ssh-keygen -q -t ed25519 -N '' -C {mark} -f /run/{mark}/key </dev/null\n"
-        f"cut -d ' ' -f 1,2 /run/{mark}/key.pub",
+        f"if command -v ssh >/dev/null && ssh-keygen -q -t ed25519 -N '' -C {mark} -f /run/{mark}/key </dev/null\n"
+        f"then cut -d ' ' -f 1,2 /run/{mark}/key.pub; fi",
         SECONDS,
     )
     try:
+        if not made.stdout.strip():
+            raise Refused(f"no ssh on {taker.name} that makes a key")
         address = places[taker.name].address
         try:
             answer = session.run(

@@ -22,7 +22,7 @@ class Transfers:
         self.damaged = 0
         self.step = Upload(source, "/place/file", "ab" * 32, relayed=True)
         self.chain = Chain(self.step, {})
-        names = ["node1", "node2", "node3"]
+        names = [f"node{number}" for number in range(1, 7)]
         self.nodes = list(State(Inventory((names, {})), Config()).inventory)
         self.said: list[str] = []
         monkeypatch.setattr(chain, "_from_here", self.from_here)
@@ -73,6 +73,14 @@ def test_a_node_that_gives_nothing_is_named_and_passed_over(transfers: Transfers
     assert transfers.done[2:] == [("node3", "node2"), ("node3", "node1")]
     (said,) = transfers.said
     assert said.startswith("node2 gives no more of file") and "Permission denied" in said
+
+
+def test_where_no_node_reaches_another_not_all_of_them_are_tried(transfers: Transfers) -> None:
+    transfers.silent = {f"node{number}" for number in range(1, 6)}
+    for number in range(1, 6):
+        transfers.chain.join(transfers.nodes[number - 1])
+    transfers.upload(6)
+    assert [giver for _, giver in transfers.done] == ["node5", "node4", "node3", "control"]
 
 
 def test_where_no_node_gives_it_the_control_machine_does(transfers: Transfers) -> None:

@@ -7,11 +7,12 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from inventory.cluster import Node
-from roles.core import relay
+from roles.core import relay, session
 from roles.core.steps import Upload
 
 MARK = "lockstep-relay-0123456789abcdef"
@@ -214,3 +215,26 @@ def test_the_taker_says_what_the_giver_said(home: Path, step: Upload, tmp_path: 
     script = relay._take(step, MARK, GIVER, []).replace(f"/run/{MARK}", f"{tmp_path}/run")
     done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and done.stderr == "Permission denied (publickey).\n"
+
+
+def test_a_taker_that_can_make_no_key_is_served_in_another_way(
+    home: Path, step: Upload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keygen = tmp_path / "tools/ssh-keygen"
+    keygen.write_text("#!/bin/sh\necho 'not allowed in FIPS mode' >&2; exit 1\n")
+    keygen.chmod(0o755)
+
+    class Taker:
+        name = "node2"
+
+    def run(node: Any, script: str, *_: Any, **__: Any) -> session.Output:
+        return session.Output(sh(script.replace("/run/", f"{tmp_path}/")).strip(), "")
+
+    monkeypatch.setattr(session, "run", run)
+    taker: Any = Taker()
+    with (
+        pytest.raises(relay.Refused, match="no ssh on node2 that makes a key"),
+        relay.opened(step, taker, taker, {}, "echo 0"),
+    ):
+        pass
+    assert not list(tmp_path.glob(f"{relay.MARK}*")) and lines(home) == [OTHER]
