@@ -291,6 +291,7 @@ def prove(prefix: Path, wanted: Mapping[str, Any], mode: str) -> list[tuple[str,
     broken += [("environment-command", text) for one in started if (text := one.problem())]
     found += broken
     if not found:
+        files = manifest.read(prefix, files)  # importing may write some, such as a grammar's tables
         manifest.save(prefix, files)
         values = facts(files, nccl)
         stamp.update(ok=True, files=values["environment"], facts=values)

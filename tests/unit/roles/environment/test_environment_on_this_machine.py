@@ -393,14 +393,13 @@ def test_what_someone_made_by_hand_is_kept_for_good(machine: Machine) -> None:
     assert (machine.prefix.parent / "llm.before-lockstep/by-hand").read_text() == "precious"
 
 
-def other_archive(machine: Machine, packed: Path) -> dict[str, Any]:
-    """The entry of an environment that differs in one word."""
+def other_archive(machine: Machine, packed: Path, text: bytes = b"WORD = 'hi'\n") -> dict[str, Any]:
+    """The entry of an environment that differs in one module."""
     again = machine.root / "again.tar"
     with tarfile.open(packed) as old, tarfile.open(again, "w") as new:
         for member in old.getmembers():
             data = old.extractfile(member) if member.isreg() else None
             if member.name.endswith("/greeting.py"):
-                text = b"WORD = 'hi'\n"
                 member.size, data = len(text), io.BytesIO(text)
             new.addfile(member, data)
     return {**machine.entry, "archive": str(again)}
@@ -459,6 +458,14 @@ def test_a_power_cut_while_the_earlier_tree_is_put_back_is_finished_by_one_run(
     assert right.ids() == [id]
     right.settle()
     assert words(right) == ["hello", "hi"]
+
+
+def test_what_importing_itself_writes_is_no_damage(machine: Machine, packed: Path) -> None:
+    writes = b"from pathlib import Path\nPath(__file__).with_name('table').write_text('made')\n"
+    machine.entry = other_archive(machine, packed, writes)
+    machine.settle()
+    assert (machine.site / "table").is_file()
+    machine.settle()
 
 
 def test_an_earlier_tree_that_was_removed_by_half_is_never_put_back(
