@@ -69,11 +69,9 @@ done
 
 
 STALE = f"""
-if grep -q {MARK} "$authorized" 2>/dev/null; then
-  grep -a -o '{MARK}[0-9a-f]*$' "$authorized" | while read -r mark; do
-    test -n "$(find "{FOLDER}/$mark" -mmin -{EXPIRY_MINUTES} 2>/dev/null)" || echo "$mark"
-  done
-fi
+sed -n 's/.* \\({MARK}[0-9a-f]*\\)$/\\1/p' "$authorized" 2>/dev/null | while read -r mark; do
+  test -n "$(find "{FOLDER}/$mark" -mmin -{EXPIRY_MINUTES} 2>/dev/null)" || echo "$mark"
+done
 """
 """Shell that prints the comments of the lines in $authorized that no run will use any more."""
 
