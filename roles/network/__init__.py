@@ -24,4 +24,5 @@ role: Role[NetworkSpec, NetworkState] = Role(
     ),
     proof=proof,
     crossing=True,
+    proof_needs=("hosts", "ssh"),
 )

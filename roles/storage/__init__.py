@@ -21,4 +21,5 @@ role: Role[StorageSpec, StorageState] = Role(
     head_first=True,
     proof=proof,
     crossing=True,
+    proof_needs=("hosts", "ssh"),
 )

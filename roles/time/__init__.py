@@ -23,5 +23,6 @@ role: Role[TimeSpec, TimeState] = Role(
     head_first=True,
     proof=proof,
     crossing=True,
+    proof_needs=("hosts", "ssh"),
     remarks=remarks,
 )

@@ -22,6 +22,7 @@ from inventory.base import Spec
 from inventory.cluster import Cluster, Node
 from inventory.local_connector import ThisMachine
 from roles import converge as converging
+from roles import registry
 from roles.converge import Run
 from roles.core import session
 from roles.core.role import Fact, Finding, Peers, Role, Rule, Target, Unreadable
@@ -569,6 +570,12 @@ def test_nodes_prove_together_without_those_that_are_dead_or_wrong(lab: Lab) -> 
         ("node3", "a-missing", "no"),
     ]
     assert waiting(found) == [("node3", "x", ["a"])]
+
+
+def test_what_nodes_prove_together_over_ssh_waits_for_ssh() -> None:
+    over_ssh = [role for role in registry.ROLES if role.crossing and role.name != "ssh"]
+    assert [role.name for role in over_ssh] == ["network", "time", "storage"]
+    assert all({"hosts", "ssh"} <= {*role.proof_needs} for role in over_ssh)
 
 
 def test_without_the_head_nothing_is_proved_together(lab: Lab) -> None:
