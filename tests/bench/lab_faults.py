@@ -47,7 +47,6 @@ def main() -> int:
                 rows += cycle(site, broken)
             except AssertionError as error:
                 failed.append(f"{label(broken)}: {error}")
-                site.pyinfra("deploy/cluster.py", "-y")
             print(f"{len(rows)} of {len(chosen)}", file=sys.stderr)
     print(json.dumps([asdict(row) for row in rows], indent=2))
     shown = [tuple(str(value) for value in asdict(row).values()) for row in rows]
