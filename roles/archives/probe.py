@@ -19,13 +19,13 @@ from roles.environment.spec import Environments
 class ArchivesState:
     """unpacked: environment to the SHA-256s of the archives of its whole trees, at the prefix and beside it.
 
-    parcels: places that hold an archive. stale_keys: names of one-time keys whose transfer is over.
+    parcels: places that hold an archive. node: what it offers to run them. stale_keys: names of one-time keys whose transfer is over.
     """
 
     unpacked: Mapping[str, frozenset[str]]
     parcels: frozenset[str]
+    node: Offer
     stale_keys: frozenset[str] = frozenset()
-    node: Offer = Offer()
 
 
 def probe(target: Target[Environments]) -> str:
@@ -65,4 +65,4 @@ def parse(text: str) -> ArchivesState:
         elif line:
             raise Unreadable(f"unexpected line {line!r}")
     whole_trees = {name: frozenset(found) for name, found in unpacked.items()}
-    return ArchivesState(whole_trees, frozenset(parcels), frozenset(keys), node)
+    return ArchivesState(whole_trees, frozenset(parcels), node, frozenset(keys))

@@ -34,9 +34,7 @@ MACHINES = {
 
 GLIBC = re.compile(rb"GLIBC_(\d{1,3}(?:\.\d{1,3}){1,2})")
 
-OFFERED = re.compile(
-    r"machine (?P<machine>\w+)(?:\n|\Z)(?:glibc (?P<glibc>\d+(?:\.\d+)+)(?:\n|\Z))?"
-)
+OFFERED = re.compile(r"machine (?P<machine>\w+)\nglibc (?P<glibc>\d+(?:\.\d+)+)(?:\n|\Z)")
 
 TELLING = re.compile(
     r"(?P<root>.*?)/?(?P<file>bin/(?P<program>python[0-9.]*)|lib/libpython[^/]*\.so[^/]*"
@@ -61,25 +59,26 @@ class Needs:
 PROBE = """
 if ! read -r m 2>/dev/null </proc/sys/kernel/arch; then m=$(uname -m); fi
 printf 'machine %s\\n' "$m"
-if g=$(getconf GNU_LIBC_VERSION 2>/dev/null); then printf 'glibc %s\\n' "${g#glibc }"; fi
+g=$(getconf GNU_LIBC_VERSION) || exit 1
+printf 'glibc %s\\n' "${g#glibc }"
 """
-"""Prints what a node offers: ``machine NAME``, and ``glibc VERSION`` where that is its C library."""
+"""Prints what a node offers: ``machine NAME`` and ``glibc VERSION``. A node with another C library has failed the gate."""
 
 
 @dataclass(frozen=True)
 class Offer:
-    """What a node has. machine: as ``uname -m`` names it; glibc: empty where it has another C library."""
+    """What a node has. machine: as ``uname -m`` names it; glibc: its version."""
 
-    machine: str = ""
-    glibc: str = ""
+    machine: str
+    glibc: str
 
 
 def offer(text: str) -> tuple[Offer, str]:
     """What PROBE printed at the start of a text, and the rest of it. Raises ValueError."""
     match = OFFERED.match(text)
     if match is None:
-        raise ValueError("the answer does not tell the node's machine")
-    return Offer(match["machine"], match["glibc"] or ""), text[match.end() :]
+        raise ValueError("the answer does not tell the node's machine and glibc")
+    return Offer(match["machine"], match["glibc"]), text[match.end() :]
 
 
 def numbers(version: str) -> tuple[int, ...]:
@@ -152,9 +151,9 @@ class Reading:
 
 def misfit(needs: Needs, node: Offer) -> tuple[str, str, str] | None:
     """(id of the finding, what is wanted, what the node has) where the environment cannot run there."""
-    if needs.machine and node.machine and needs.machine != node.machine:
+    if needs.machine and needs.machine != node.machine:
         return "environment-machine", needs.machine, node.machine
-    if needs.glibc and node.glibc and numbers(node.glibc) < numbers(needs.glibc):
+    if needs.glibc and numbers(node.glibc) < numbers(needs.glibc):
         wanted = f"glibc {needs.glibc} or newer, which {needs.glibc_by} needs"
         return "environment-glibc", wanted, f"glibc {node.glibc}"
     return None

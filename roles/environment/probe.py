@@ -70,7 +70,7 @@ class EnvironmentState:
 
     environments: Mapping[str, Seen]
     parcels: frozenset[str]
-    node: Offer = Offer()
+    node: Offer
 
 
 def stamp_values(text: str) -> dict[str, Any]:

@@ -24,9 +24,10 @@ from roles.storage.spec import StorageSpec
 ARCHIVE = Archive("ab" * 32, 1000, 5000, "tar.zst", "", "3.11", "bin/python3", None)
 PLACE = f"/shared/.lockstep/archives/{ARCHIVE.file_name}"
 NODES = {f"node{n}": Node(name=f"node{n}", address=f"10.0.0.{n}") for n in (1, 2, 3)}
-HAVE = ArchivesState({"llm": frozenset({"00", ARCHIVE.sha256})}, frozenset())
-LACK = ArchivesState({}, frozenset())
-OLD = ArchivesState({"llm": frozenset({"00"})}, frozenset())
+NODE = Offer("x86_64", "2.36")
+HAVE = ArchivesState({"llm": frozenset({"00", ARCHIVE.sha256})}, frozenset(), NODE)
+LACK = ArchivesState({}, frozenset(), NODE)
+OLD = ArchivesState({"llm": frozenset({"00"})}, frozenset(), NODE)
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +58,7 @@ def test_the_head_publishes_what_some_node_needs_and_names_those_nodes() -> None
 
 def test_nothing_is_published_that_nobody_needs_or_that_lies_there() -> None:
     assert drift(target(), HAVE, {"node2": HAVE}) == []
-    assert drift(target(), ArchivesState({}, frozenset({PLACE})), {"node2": LACK}) == []
+    assert drift(target(), ArchivesState({}, frozenset({PLACE}), NODE), {"node2": LACK}) == []
 
 
 def test_an_archive_that_runs_on_no_node_that_lacks_it_is_not_published(
@@ -67,7 +68,7 @@ def test_an_archive_that_runs_on_no_node_that_lacks_it_is_not_published(
     monkeypatch.setattr(
         sys.modules["roles.environment.sources"], "describe", lambda path, called: fitting
     )
-    old, new = (ArchivesState({}, frozenset(), node=Offer("x86_64", v)) for v in ("2.28", "2.36"))
+    old, new = (ArchivesState({}, frozenset(), Offer("x86_64", v)) for v in ("2.28", "2.36"))
     assert drift(target(), old, {"node2": old}) == []
     (finding,) = drift(target(), old, {"node2": old, "node3": new})
     assert "for node3" in finding.want
@@ -94,13 +95,13 @@ def test_without_shared_storage_or_where_declared_each_node_passes_the_archive_o
         place = f"/var/lib/lockstep/archives/{ARCHIVE.file_name}"
         (step,) = converge(target(name, **where), OLD, {}, [finding])
         assert step == Upload(Path("/archives/llm.tar.zst"), place, ARCHIVE.sha256, relayed=True)
-        there = ArchivesState({}, frozenset({place}))
+        there = ArchivesState({}, frozenset({place}), NODE)
         assert drift(target(name, **where), there, {}) == []
         assert drift(target(name, **where), HAVE, {}) == []
 
 
 def test_keys_of_past_transfers_are_taken_out() -> None:
-    state = ArchivesState(HAVE.unpacked, frozenset(), frozenset({"lockstep-relay-12"}))
+    state = ArchivesState(HAVE.unpacked, frozenset(), NODE, frozenset({"lockstep-relay-12"}))
     (finding,) = drift(target("node2"), state, {})
     assert finding.id == "archive-relay-key" and finding.seen == "lockstep-relay-12"
     (step,) = converge(target("node2"), state, {}, [finding])
@@ -126,8 +127,8 @@ def test_what_the_probe_prints_is_read() -> None:
     expected = ArchivesState(
         {"llm": frozenset({ARCHIVE.sha256, "00"}), "other": frozenset({""})},
         frozenset({PLACE}),
+        NODE,
         frozenset({"lockstep-relay-12"}),
-        Offer("x86_64", "2.36"),
     )
     assert parse(text) == expected
 
@@ -138,8 +139,9 @@ def test_what_the_probe_prints_is_read() -> None:
         "",
         "stamp llm {}",
         "stamp llm {}\nend",
-        "machine x86_64\nwhat\nend",
-        "machine x86_64\nkey of another\nend",
+        "machine x86_64\nend",
+        "machine x86_64\nglibc 2.36\nwhat\nend",
+        "machine x86_64\nglibc 2.36\nkey of another\nend",
     ],
 )
 def test_garbage_is_unreadable(text: str) -> None:
