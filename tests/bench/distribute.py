@@ -17,7 +17,7 @@ from pathlib import Path
 import yaml
 
 from deploy.lab.state import Paths, load_record
-from tests.lab.site import ROOT, Site, nodes_of
+from tests.lab.site import ROOT, Site, bare
 
 STATE = Path("/var/lib/lockstep-lab-distribute")
 NODES = 8
@@ -33,23 +33,11 @@ converge(archives.role)
 
 def main() -> int:
     """Print the figures; exit 0 when they could be taken, whatever they are."""
-    site = Site(STATE, nodes_of("debian", NODES))
-    site.lockstep("lab", "down")
-    subprocess.run(["rm", "-rf", str(site.directory)], check=True)
-    site.directory.mkdir(parents=True)
-    try:
-        up = site.lockstep(
-            *("lab", "up", "--os", "debian", "--nodes", str(NODES)), "--write", str(site.cluster)
-        )
-        if up.returncode:
-            raise SystemExit(up.stdout + up.stderr)
+    with bare(STATE, systems="debian", count=NODES) as site:
         archive = pack(site.directory)
         declare(site, archive)
         hold_links(site)
         print(json.dumps(measured(site, archive), indent=1))
-    finally:
-        site.lockstep("lab", "down")
-        subprocess.run(["rm", "-rf", str(site.directory)], check=True)
     return 0
 
 

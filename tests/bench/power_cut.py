@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
 
-from tests.lab.site import BIN, ROOT, Site, nodes_of
+from tests.lab.site import BIN, ROOT, Site, bare
 
 STATE = Path("/var/lib/lockstep-lab-power")
 PREFIX = "/opt/lockstep/envs/main"
@@ -72,20 +72,9 @@ def main() -> int:
 @contextmanager
 def brought_up() -> Iterator[Site]:
     """Two nodes that nothing was done to."""
-    site = Site(STATE, nodes_of("debian"))
-    site.lockstep("lab", "down")
-    subprocess.run(["rm", "-rf", str(site.directory)], check=True)
-    site.directory.mkdir(parents=True)
-    try:
-        up = site.lockstep(
-            "lab", "up", "--os", "debian", "--nodes", "2", "--write", str(site.cluster)
-        )
-        assert up.returncode == 0, up.stdout + up.stderr
+    with bare(STATE, systems="debian") as site:
         (site.directory / "deploy.py").write_text(ROLES)
         yield site
-    finally:
-        site.lockstep("lab", "down")
-        subprocess.run(["rm", "-rf", str(site.directory)], check=True)
 
 
 def cuts(site: Site, rounds: int, seed: int) -> Iterator[Round]:

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from shlex import quote
@@ -101,9 +101,10 @@ NODES = nodes_of(OS)
 class Site:
     """A lab with a cluster file and a job of its own."""
 
-    def __init__(self, state: Path, nodes: Mapping[str, Family] = NODES) -> None:
+    def __init__(self, state: Path, systems: str = OS, count: int = 2) -> None:
         self.state = state
-        self.nodes = nodes
+        self.systems = systems
+        self.nodes = nodes_of(systems, count)
         self.directory = state / "tests"
         self.runs = state / "shared" / "runs"
         self.cluster = self.directory / "cluster.yaml"
@@ -134,6 +135,14 @@ class Site:
 
     def lockstep(self, *arguments: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
         return self.run(str(BIN / "lockstep"), *arguments, timeout=timeout)
+
+    def up(self, *arguments: str, write: Path | None = None) -> None:
+        """``lab up`` for all its nodes. write: the cluster file to write, in place of its own."""
+        nodes = ("--os", self.systems, "--nodes", str(len(self.nodes)))
+        done = self.lockstep(
+            *("lab", "up", *nodes, "--write", str(write or self.cluster), *arguments), timeout=900
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
 
     def pyinfra(
         self, deploy: str, *arguments: str, timeout: float = 900
@@ -219,21 +228,40 @@ class Site:
         return log.splitlines()
 
 
+def with_packages(*names: str) -> list[str]:
+    """What has ``lab up`` offer these packages to the nodes."""
+    return [word for name in names for word in ("--package", name)]
+
+
 @contextmanager
-def bring_up(state: Path, os: str = OS, count: int = 2) -> Iterator[Site]:
-    """A site with bare nodes, an environment archive and some text; taken down at the end."""
-    site = Site(state, nodes_of(os, count))
+def bare(state: Path, *arguments: str, systems: str = OS, count: int = 2) -> Iterator[Site]:
+    """A site with bare nodes and the cluster file of ``lab up``; taken down at the end, also after a failure.
+
+    arguments: more of ``lab up``'s. systems: its ``--os``. What lies there is kept after a failure alone.
+    """
+    assert os.geteuid() == 0, "the lab makes systemd-nspawn nodes: run this as root"
+    site = Site(state, systems, count)
     site.lockstep("lab", "down")
-    subprocess.run(["rm", "-rf", str(site.directory), str(state / "shared")], check=True)
+    files = ["rm", "-rf", str(site.directory), str(state / "shared")]
+    subprocess.run(files, check=True)
     site.directory.mkdir(parents=True)
     site.write_job()
     try:
-        up = site.lockstep(
-            "lab", "up", "--os", os, "--nodes", str(count), "--write", str(site.cluster),
-            "--environment", "--trim", "--job", str(site.job), *(word for name in PACKAGES for word in ("--package", name)),
-            timeout=900,
-        )  # fmt: skip
-        assert up.returncode == 0, up.stdout + up.stderr
+        site.up(*arguments)
+        yield site
+    finally:
+        down = site.lockstep("lab", "down")
+        assert down.returncode == 0, down.stdout + down.stderr
+    subprocess.run(files, check=True)
+
+
+@contextmanager
+def bring_up(state: Path, systems: str = OS, count: int = 2) -> Iterator[Site]:
+    """The same with every section declared, an environment archive, some text, and sshd that counts commands."""
+    environment = ("--environment", "--trim")
+    packages = with_packages(*PACKAGES)
+    job = ("--job", str(Site(state).job))
+    with bare(state, *environment, *job, *packages, systems=systems, count=count) as site:
         driver = {**SECTIONS["driver"], "nodes": list(site.nodes)}
         site.declare(
             **{**SECTIONS, "driver": driver}, environments=_environments(site), limits=_limits(site)
@@ -252,9 +280,6 @@ def bring_up(state: Path, os: str = OS, count: int = 2) -> Iterator[Site]:
                 "systemctl reload sshd",
             )
         yield site
-    finally:
-        down = site.lockstep("lab", "down")
-        assert down.returncode == 0, down.stdout + down.stderr
 
 
 def _environments(site: Site) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.lab.site import Site
+from tests.lab.site import Site, bare
 
 pytestmark = pytest.mark.slow
 STATE = Path("/var/lib/lockstep-lab-tests-bundle")
@@ -47,17 +46,8 @@ x
 @pytest.fixture(scope="module")
 def site() -> Iterator[Site]:
     """Two bare nodes without any source of packages, and dnf for this machine."""
-    assert os.geteuid() == 0, "lab tests make systemd-nspawn nodes: run them as root"
-    lab = Site(STATE)
-    lab.lockstep("lab", "down")
-    subprocess.run(["rm", "-rf", str(lab.directory), str(STATE / "shared")], check=True)
-    lab.directory.mkdir(parents=True)
-    try:
-        done = lab.lockstep(
-            "lab", "up", "--nodes", "2", "--os", "mixed", "--write", str(lab.cluster)
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        for name in ("node1", "node2"):
+    with bare(STATE) as lab:
+        for name in lab.nodes:
             lab.shell(
                 name,
                 "umount /srv/lockstep/packages; rm -rf /etc/apt/sources.list* /etc/yum.repos.d/*",
@@ -78,9 +68,6 @@ def site() -> Iterator[Site]:
             environments={"main": _environment(lab.directory / "main")},
         )
         yield lab
-    finally:
-        down = lab.lockstep("lab", "down")
-        assert down.returncode == 0, down.stdout + down.stderr
 
 
 def _environment(directory: Path) -> dict[str, Any]:

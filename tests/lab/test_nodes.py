@@ -5,7 +5,6 @@ In this order; the nodes are these tests' own, and each test goes on from what t
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import time
@@ -16,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.lab.site import BIN, Site
+from tests.lab.site import BIN, Site, bare, with_packages
 
 pytestmark = pytest.mark.slow
 STATE = Path("/var/lib/lockstep-lab-tests-nodes")
@@ -35,29 +34,12 @@ SECTIONS: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def site() -> Iterator[Site]:
     """Three bare nodes, with the pinned host keys in a file of the user's."""
-    assert os.geteuid() == 0, "lab tests make systemd-nspawn nodes: run them as root"
-    lab = Site(STATE)
-    lab.lockstep("lab", "down")
-    subprocess.run(["rm", "-rf", str(lab.directory), str(STATE / "shared")], check=True)
-    lab.directory.mkdir(parents=True)
-    try:
-        up(lab, lab.cluster)
+    with bare(STATE, *with_packages(*PACKAGES), count=3) as lab:
         declared = yaml.safe_load(lab.cluster.read_text())
         pinned = lab.directory / "known_hosts"
         shutil.copy(declared["ssh"]["known_hosts"], pinned)
         lab.declare(**SECTIONS, ssh={**declared["ssh"], "known_hosts": str(pinned)})
         yield lab
-    finally:
-        down = lab.lockstep("lab", "down")
-        assert down.returncode == 0, down.stdout + down.stderr
-
-
-def up(lab: Site, write: Path) -> None:
-    packages = [word for name in PACKAGES for word in ("--package", name)]
-    done = lab.lockstep(
-        "lab", "up", "--nodes", "3", "--os", "mixed", "--write", str(write), *packages
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def nodes(lab: Site) -> dict[str, Any]:
@@ -220,7 +202,7 @@ def test_a_node_that_comes_back_new_is_let_in_once_its_key_is_trusted(site: Site
     )
     assert site.lockstep("lab", "cut", "node3").returncode == 0
     shutil.rmtree(STATE / "nodes" / "node3")
-    up(site, site.directory / "again.yaml")
+    site.up(*with_packages(*PACKAGES), write=site.directory / "again.yaml")
     site.declare(nodes={**nodes(site), "node3": {"address": address}})
     done = site.pyinfra("deploy/cluster.py", "-y")
     assert done.returncode == 1 and "Traceback" not in done.stderr

@@ -12,13 +12,14 @@ import pytest
 import yaml
 
 from roles.environment.spec import unit_variables
-from tests.lab.site import Site
+from tests.lab.site import Site, bare, with_packages
 
 NODES = ("node1", "node2")
 FOLDER = "/var/lib/lockstep/ops/main"
 LIBRARY = f"{FOLDER}/deepspeed_shm_comm/deepspeed_shm_comm.so"
 
 pytestmark = pytest.mark.slow
+STATE = Path("/var/lib/lockstep-lab-tests-operators")
 
 
 def with_headers(trimmed: Path, archive: Path) -> None:
@@ -38,19 +39,8 @@ def with_headers(trimmed: Path, archive: Path) -> None:
 @pytest.fixture(scope="module")
 def site() -> Iterator[Site]:
     """Two Debian nodes whose environment declares an operator; taken down at the end."""
-    site = Site(Path("/var/lib/lockstep-lab-operators"))
-    site.lockstep("lab", "down")
-    for path in (site.directory, site.state / "shared"):
-        shutil.rmtree(path, ignore_errors=True)
-    site.directory.mkdir(parents=True)
-    try:
-        packages = ("gcc", "g++", "ninja-build", "python3-dev")
-        up = site.lockstep(
-            "lab", "up", "--os", "debian", "--write", str(site.cluster), "--environment", "--trim",
-            *(word for name in packages for word in ("--package", name)),
-            timeout=900,
-        )  # fmt: skip
-        assert up.returncode == 0, up.stdout + up.stderr
+    packages = with_packages("gcc", "g++", "ninja-build", "python3-dev")
+    with bare(STATE, "--environment", "--trim", *packages, systems="debian") as site:
         declared = yaml.safe_load(site.cluster.read_text())["environments"]["main"]
         archive = site.directory / "headers.tar.zst"
         (site.directory / "trimmed.tar.zst").symlink_to(declared["archive"])
@@ -63,9 +53,6 @@ def site() -> Iterator[Site]:
             environments={"main": main},
         )
         yield site
-    finally:
-        down = site.lockstep("lab", "down")
-        assert down.returncode == 0, down.stdout + down.stderr
 
 
 def times(site: Site) -> set[str]:

@@ -5,7 +5,6 @@ Two bare nodes of these tests' own; in this order, each test goes on from what t
 
 from __future__ import annotations
 
-import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.lab.site import Site, nodes_of
+from tests.lab.site import Site, bare
 from tests.unit.roles.environment.made import ARM, CONDA, Entry, elf, pack
 
 pytestmark = pytest.mark.slow
@@ -24,24 +23,12 @@ SITE_PACKAGES = "lib/python3.10/site-packages"
 @pytest.fixture(scope="module")
 def site() -> Iterator[Site]:
     """Two bare nodes, and a small environment as a directory of this machine."""
-    assert os.geteuid() == 0, "lab tests make systemd-nspawn nodes: run them as root"
-    lab = Site(STATE, nodes_of("debian"))
-    lab.lockstep("lab", "down")
-    subprocess.run(["rm", "-rf", str(lab.directory), str(STATE / "shared")], check=True)
-    lab.directory.mkdir(parents=True)
-    try:
-        up = lab.lockstep(
-            "lab", "up", "--nodes", "2", "--os", "debian", "--write", str(lab.cluster)
-        )
-        assert up.returncode == 0, up.stdout + up.stderr
+    with bare(STATE, systems="debian") as lab:
         venv = ["/usr/bin/python3", "-m", "venv", "--without-pip", str(lab.directory / "venv")]
         subprocess.run(venv, check=True)
         declare(lab, directory="venv")
         lab.declare(trainer={"manage": "unmanaged"})
         yield lab
-    finally:
-        down = lab.lockstep("lab", "down")
-        assert down.returncode == 0, down.stdout + down.stderr
 
 
 def declare(site: Site, **entry: Any) -> None:
