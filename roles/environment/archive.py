@@ -31,7 +31,7 @@ class ArchiveProblem(Exception):
 class Archive:
     """An environment's archive.
 
-    size, unpacked: bytes, of the file and of what it holds, in blocks of a disk. entries: its members.
+    unpacked: bytes of what it holds, in blocks of a disk. entries: its members.
     ending: tar, tar.gz, tar.bz2, tar.xz or tar.zst, by content and not by name.
     root: the environment's folder inside, spelt as in the archive; empty when it is the top.
     python: version of the interpreter, major.minor.
@@ -46,7 +46,6 @@ class Archive:
     """
 
     sha256: str
-    size: int
     unpacked: int
     ending: str
     root: str
@@ -179,4 +178,4 @@ def read(path: Path, called: str = "") -> Archive:
             kind = "cannot be read"
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise ArchiveProblem(f"{called or path} {kind} ({reason})") from None
-    return Archive(sha256=digest.hexdigest(), size=before.st_size, ending=ending, **vars(listed))
+    return Archive(sha256=digest.hexdigest(), ending=ending, **vars(listed))

@@ -17,7 +17,7 @@ from roles.core.steps import Shell, Step, quote, settled
 from roles.environment import parcel
 from roles.environment.archive import Archive
 from roles.environment.drift import Action, Pair, pairs, wanted_proof, wanted_stamp
-from roles.environment.parcel import deliver, place_of
+from roles.environment.parcel import deliver, intact, place_of
 from roles.environment.probe import BIN_ON_PATH, EnvironmentState, archive_of, parcel_of
 from roles.environment.prove import STAMP
 from roles.environment.sources import described
@@ -164,12 +164,10 @@ def unpack(one: Declared, archive: Archive, path: str, kept: Sequence[str] = ())
     kept: names of archives that stay in the node's own folder; those of earlier versions go, whole or begun.
     """
     names, folder = "|".join([*map(quote, kept), "''"]), quote(f"{parcel.LOCAL}/archives")
+    check = intact(archive.sha256, '"$A"')
     return (
         f"umask 022\nP={quote(one.prefix)} N={quote(beside(one, archive))} A={quote(path)}\n"
-        f"{_remove(BESIDE)}"
-        f'if [ "$(stat -c %s "$A")" != {archive.size} ] ||\n'
-        f'  ! echo "{archive.sha256}  $A" | sha256sum -c --status -; then rm -f "$A"\n'
-        '  echo "$A was damaged, and is removed: converge again" >&2; exit 1; fi\n'
+        f"{_remove(BESIDE)}{check}"
         'mkdir -p -m 0755 "$N"\n'
         "trap 'rm -rf \"$N\"' EXIT\n"
         f'if ! E=$(tar -x -f "$A" -C "$N" {unpack_options(archive)} 2>&1); then\n'

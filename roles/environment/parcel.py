@@ -1,7 +1,7 @@
 """Files that travel from the control machine to nodes: once to the shared storage, or else to the nodes.
 
-A parcel is named by its content, so what lies under its name is it: it arrives beside its place, is
-checked there and renamed.
+A parcel is named by its content: it arrives beside its place, is checked there and renamed. What lies
+under its name counts as it, and is checked again before it is used.
 """
 
 from __future__ import annotations
@@ -70,6 +70,15 @@ def place_of(parcel: Parcel, target: Target[Any], seen: Collection[str], peers: 
     if shared and (shared in seen or shared in _of_head(target, peers) or target.is_head):
         return shared
     return parcel.local()
+
+
+def intact(sha256: str, place: str) -> str:
+    """Shell that comes before a parcel is used: one that was damaged where it lies ends it and goes, so
+    that the next run brings it again. Both are words of the shell."""
+    return (
+        f'if ! echo {sha256}"  "{place} | sha256sum -c --status -; then rm -f {place}\n'
+        f'  echo {place}" was damaged, and is removed: converge again" >&2; exit 1; fi\n'
+    )
 
 
 def _lies(parcel: Parcel, target: Target[Any], seen: Collection[str], peers: Peers) -> bool:

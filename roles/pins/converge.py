@@ -10,7 +10,7 @@ from roles.core.role import Finding, Peers, Target
 from roles.core.steps import Shell, Step, quote
 from roles.environment.converge import LOGIN, alone, here_script
 from roles.environment.converge import proof as environment_proof
-from roles.environment.parcel import deliver, place_of
+from roles.environment.parcel import deliver, intact, place_of
 from roles.environment.probe import archive_of
 from roles.environment.spec import Declared, Environments
 from roles.pins.drift import Wrong, known, wrongs
@@ -42,18 +42,19 @@ def converge(
         if not site.path:
             yield Shell(f"echo {quote(f'there is no environment at {one.prefix}')} >&2; exit 1")
             return
-        places = []
+        places, checks = [], ""
         for parcel in [
             pip_wheel(site.python),
             *(wheel for wrong in found for wheel in wrong.wheels),
         ]:
             yield from deliver(parcel, target, state.parcels, peers)
             places.append(place_of(parcel, target, state.parcels, peers))
+            checks += intact(parcel.sha256, quote(places[-1]))
         folders = [str(PurePosixPath(place).parent) for place in places[1:]]
         archive = archive_of(target.cluster, one)
         may_stay = sorted(known(one, archive, state.machine)) if archive else []
         command = install(one, site.path, found, places[0], folders, may_stay)
-        yield Shell(alone(command, INSTALL_SECONDS // 2), INSTALL_SECONDS)
+        yield Shell(alone(checks + command, INSTALL_SECONDS // 2), INSTALL_SECONDS)
 
 
 def install(
@@ -115,12 +116,15 @@ def proof(target: Target[Environments]) -> str:
 
 
 def _check(target: Target[Environments]) -> Iterator[str]:
+    damaged = intact('"$H"', '"$w"')
     yield (
         "cd /\ncheck() {\n"
-        "P=$1 K=$2; shift 2\n"
+        "P=$1 K=$2 H=$3; shift 3\n"
         'for w in "$@"; do if [ -f "$w" ]; then break; fi; done\n'
         'if ! [ -x "$P/bin/python" ]; then return 0; fi\n'
         'if ! [ -f "$w" ]; then printf \'requirements-unchecked\\tno pip at %s\\n\' "$w"; return 0; fi\n'
+        f"if ! E=$( ({damaged}) 2>&1); then\n"
+        "  printf 'requirements-unchecked\\t%s\\n' \"$E\"; return 0; fi\n"
         f'{LOGIN} "$P/bin/python" - "$P" "$K" "$w" {here_script("prove.py", HERE)}}}\n'
     )
     for one in target.spec.each():
@@ -129,5 +133,6 @@ def _check(target: Target[Environments]) -> Iterator[str]:
             pairs = json.dumps(
                 sorted({pair for each in MACHINES for pair in known(one, archive, each)})
             )
-            places = " ".join(map(quote, pip_wheel(archive.python).places(target.cluster)))
-            yield f"check {quote(one.prefix)} {quote(pairs)} {places}\n"
+            pip = pip_wheel(archive.python)
+            places = " ".join(map(quote, pip.places(target.cluster)))
+            yield f"check {quote(one.prefix)} {quote(pairs)} {pip.sha256} {places}\n"

@@ -9,7 +9,7 @@ from pathlib import Path
 from roles.core.role import Finding, Peers, Target
 from roles.core.steps import Shell, Step, quote, settled
 from roles.environment.converge import LOGIN, alone
-from roles.environment.parcel import deliver, place_of
+from roles.environment.parcel import deliver, intact, place_of
 from roles.environment.spec import Declared
 from roles.trainer.drift import difference
 from roles.trainer.package import package
@@ -39,8 +39,9 @@ def converge(
     parcel = wheel_parcel()
     yield from deliver(parcel, target, state.parcels, peers)
     path = place_of(parcel, target, state.parcels, peers)
+    check = intact(parcel.sha256, quote(path))
     for one in wrong:
-        yield Shell(alone(install(one, path), INSTALL_SECONDS // 2), INSTALL_SECONDS)
+        yield Shell(alone(check + install(one, path), INSTALL_SECONDS // 2), INSTALL_SECONDS)
 
 
 def install(one: Declared, wheel: str) -> str:

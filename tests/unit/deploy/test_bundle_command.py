@@ -219,7 +219,7 @@ def test_sources_of_editable_packages_are_in_the_bundle_as_they_are_here(
     cluster_in(tmp_path)
     cluster, folder, said = registry.read(tmp_path / "hosts.yaml"), tmp_path / "bundle", list[str]()
     (tmp_path / "main.tar").write_text("an archive")
-    archive = Archive("ab" * 32, 1, 1, "tar", "", "3.11", "bin/python3", None)
+    archive = Archive("ab" * 32, 1, "tar", "", "3.11", "bin/python3", None)
     monkeypatch.setattr(sources, "describe", lambda path, source: archive)
     answer = Wanted(cluster=digest(cluster.path), systems=[DEBIAN])
     monkeypatch.setattr(wanted, "ask", lambda cluster: answer)

@@ -21,7 +21,7 @@ from roles.environment.fit import Needs, Offer
 from roles.environment.spec import Environments
 from roles.storage.spec import StorageSpec
 
-ARCHIVE = Archive("ab" * 32, 1000, 5000, "tar.zst", "", "3.11", "bin/python3", None)
+ARCHIVE = Archive("ab" * 32, 5000, "tar.zst", "", "3.11", "bin/python3", None)
 PLACE = f"/shared/.lockstep/archives/{ARCHIVE.file_name}"
 NODES = {f"node{n}": Node(name=f"node{n}", address=f"10.0.0.{n}") for n in (1, 2, 3)}
 NODE = Offer("x86_64", "2.36")

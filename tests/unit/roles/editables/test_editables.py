@@ -43,7 +43,7 @@ def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
 
 
 def describing(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
-    archive = Archive("ab" * 32, 1, 1, "tar", "", "3.11", "bin/python3", None)
+    archive = Archive("ab" * 32, 1, "tar", "", "3.11", "bin/python3", None)
     archive = replace(archive, distributions=("setuptools-80.0.dist-info",), **changes)
     monkeypatch.setattr(sources, "describe", lambda path, source: archive)
 
@@ -348,11 +348,13 @@ def test_a_packed_source_that_was_damaged_is_removed_and_told(
         "editable": {"rehearsal-tool": str(project)},
     }
     where = replace(of(), spec=Environments.model_validate({"llm": entry}))
-    _, tar, install, _ = converge(where, state(), {}, drift(where, state(), {}))
-    assert isinstance(tar, Upload) and isinstance(install, Shell)
+    pip, tar, install, _ = converge(where, state(), {}, drift(where, state(), {}))
+    assert isinstance(pip, Upload) and isinstance(tar, Upload) and isinstance(install, Shell)
     node = str(tmp_path / "node")
-    damaged = Path(tar.destination.replace("/var/lib/lockstep", node))
-    damaged.parent.mkdir(parents=True)
+    for upload in (pip, tar):
+        damaged = Path(upload.destination.replace("/var/lib/lockstep", node))
+        damaged.parent.mkdir(parents=True)
+        damaged.write_bytes(upload.source.read_bytes())
     damaged.write_bytes(tar.source.read_bytes()[:-1])
     command = install.command.replace("/var/lib/lockstep", node)
     done = subprocess.run(["sh", "-ec", command], capture_output=True, text=True)

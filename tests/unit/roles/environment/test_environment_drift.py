@@ -27,7 +27,6 @@ from roles.storage.spec import StorageSpec
 RECORDED = Path(__file__).with_name("recorded")
 ARCHIVE = Archive(
     "ab" * 32,
-    1000,
     5000,
     "tar.zst",
     "llm",

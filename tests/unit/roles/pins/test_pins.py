@@ -16,11 +16,12 @@ from inventory.cluster import Cluster, Node
 from roles import pins
 from roles.core.role import Finding, Target, Unreadable
 from roles.core.steps import Shell, Upload
+from roles.environment import parcel
 from roles.environment.archive import Archive
 from roles.environment.parcel import LOCAL
 from roles.environment.spec import Environments, of_metadata
 from roles.pins import requirements
-from roles.pins.converge import converge
+from roles.pins.converge import _check, converge
 from roles.pins.distributions import fits, meets, of_wheel
 from roles.pins.drift import drift, remarks, unmet_of
 from roles.pins.probe import PinsState, Site, parse
@@ -37,7 +38,7 @@ def known_archive(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def describing(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
-    archive = Archive("ab" * 32, 1, 1, "tar", "", "3.11", "bin/python3", None)
+    archive = Archive("ab" * 32, 1, "tar", "", "3.11", "bin/python3", None)
     monkeypatch.setattr(
         sys.modules["roles.environment.sources"],
         "describe",
@@ -471,3 +472,45 @@ def test_the_check_judges_as_pip_does_in_a_real_environment(tmp_path: Path) -> N
         "one 1.0 requires two>=3, and two 2.0+cpu is there",
         "one 1.0 requires three, and that is not there",
     ]
+
+
+def test_a_damaged_wheel_is_removed_and_told_before_anything_is_installed(tmp_path: Path) -> None:
+    where = target(tmp_path, protobuf="3.20.3")
+    bare = replace(state(), parcels=frozenset())
+    pip, protobuf, install = converge(where, bare, {}, drift(where, bare, {}))
+    assert isinstance(pip, Upload) and isinstance(protobuf, Upload) and isinstance(install, Shell)
+    node = str(tmp_path / "node")
+    places = [Path(one.destination.replace(LOCAL, node)) for one in (pip, protobuf)]
+    for damaged in places:
+        for upload, place in zip((pip, protobuf), places, strict=True):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(upload.source.read_bytes())
+        damaged.write_bytes(b"\0" * damaged.stat().st_size)
+        command = install.command.replace(LOCAL, node)
+        done = subprocess.run(["sh", "-ec", command], capture_output=True, text=True)
+        assert done.returncode == 1
+        assert done.stderr == f"{damaged} was damaged, and is removed: converge again\n"
+        assert [place.exists() for place in places] == [place != damaged for place in places]
+
+
+def test_a_damaged_pip_is_removed_and_told_by_the_proof(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parcel, "LOCAL", str(tmp_path / "node"))
+    pip = Path(pip_wheel("3.11").local())
+    pip.parent.mkdir(parents=True)
+    subprocess.run(
+        [sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True
+    )
+    (tmp_path / "venv" / STAMP).write_text("{}\n")
+    check = "".join(_check(of({"prefix": str(tmp_path / "venv")})))
+
+    def said() -> str:
+        done = subprocess.run(["sh", "-ec", check], capture_output=True, text=True, check=True)
+        return done.stdout + done.stderr
+
+    pip.write_bytes(pip_wheel("3.11").source.read_bytes()[:-1])
+    told = f"{pip} was damaged, and is removed: converge again"
+    assert said() == f"requirements-unchecked\t{told}\n" and not pip.exists()
+    pip.write_bytes(pip_wheel("3.11").source.read_bytes())
+    assert said() == "" and pip.exists()
