@@ -7,14 +7,12 @@ before it while that still receives (``relay``). Where no node can give it, the 
 
 from __future__ import annotations
 
-import os
 import socket
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import PurePosixPath
 
 import gevent
 from paramiko import SSHException
@@ -23,6 +21,7 @@ from pyinfra.api.host import Host
 from inventory.cluster import Node
 from roles.core import relay, session
 from roles.core.steps import Upload, quote
+from roles.core.upload import landing
 
 ATTEMPTS = 2
 """A file that arrived with another content begins anew once."""
@@ -122,17 +121,14 @@ def upload(node: Host, step: Upload, chain: Chain) -> None:
 def _begin(node: Host, step: Upload) -> str:
     """Shell that makes the place where the file grows; prints how many bytes an earlier transfer left there.
 
-    The login user may be unable to write where root can, so the file grows in a folder of the
-    login user (mode 0700) beside the destination, on the same file system. It is his: he sends it on.
+    It is the login user's, who sends it on.
     """
-    landing, part = quote(str(step.part.parent)), quote(str(step.part))
-    user = str(node.data.get("ssh_user") or os.getuid())  # the control machine itself has no login
+    folder, part = quote(str(step.part.parent)), quote(str(step.part))
     return (
-        f"set -e\numask 022\nmkdir -p {quote(str(PurePosixPath(step.destination).parent))}\n"
-        f"test -d {landing} || mkdir -m 0700 {landing}\nchown {quote(user)} {landing}\n"
-        f'for f in {landing}/*; do test "$f" = {part} || rm -rf "$f"; done\n'
+        f"set -e\n{landing(node, step.part.parent)}\n"
+        f'for f in {folder}/*; do test "$f" = {part} || rm -rf "$f"; done\n'
         f'if test -f {part} && test "$(stat -c %s {part})" -gt {step.size}; then rm -f {part}; fi\n'
-        f": >>{part}\nchown {quote(user)} {part}\nstat -c %s {part}"
+        f": >>{part}\nchown --reference={folder} {part}\nstat -c %s {part}"
     )
 
 
@@ -213,13 +209,13 @@ def _run(node: Host, script: str, seconds: int) -> str | None:
 
 def _settle(node: Host, step: Upload) -> bool:
     """Check the whole file and put it in place; False when its content is wrong, and then it is gone."""
-    landing, part = quote(str(step.part.parent)), quote(str(step.part))
+    folder, part = quote(str(step.part.parent)), quote(str(step.part))
     found = session.run(
         node,
         f"set -e\nchown 0:0 {part}; chmod {step.mode} {part}\n"
         f"if ! echo {quote(f'{step.sha256}  {step.part}')} | sha256sum -c --status -; then\n"
         f"  rm -f {part}; echo wrong; exit 0; fi\n"
-        f"sync {part}\nmv -f {part} {quote(step.destination)}; rm -rf {landing}",
+        f"sync {part}\nmv -f {part} {quote(step.destination)}; rm -rf {folder}",
         step.seconds,
     )
     return found.stdout.strip() != "wrong"

@@ -36,15 +36,29 @@ rm -rf "$landing"
 """
 
 
+def landing(node: Host, folder: PurePosixPath) -> str:
+    """Shell that has a folder where files arrive; what lies in it stays.
+
+    The login user may be unable to write where root can, so it is his (mode 0700), beside the destination
+    and on the same file system. What is above it everyone may enter, whatever root's umask is.
+    """
+    user = str(node.data.get("ssh_user") or os.getuid())  # the control machine itself has no login
+    there = quote(str(folder))
+    return (
+        f"umask 022\nmkdir -p {quote(str(folder.parent))}\ntest -d {there} || mkdir -m 0700 {there}\n"
+        f"chown {quote(user)} {there}"
+    )
+
+
 def upload_folder(node: Host, step: UploadFolder) -> None:
     """Carry out an UploadFolder. Raises NodeFailed; the next run goes on from what arrived until then."""
     folder = PurePosixPath(step.destination)
-    landing = folder.parent / f".{folder.name}.arriving"
+    arriving = folder.parent / f".{folder.name}.arriving"
     sums = "find . -type f -exec sha256sum {} +"
     there = session.run(
         node,
-        f"set -e\n{_prepared(node, landing)}\n"
-        f"for d in {quote(str(folder))} {quote(str(landing))}; do if test -d $d; then cd $d; {sums}; fi; done",
+        f"set -e\n{landing(node, arriving)}\n"
+        f'for d in {quote(str(folder))} {quote(str(arriving))}; do if test -d "$d"; then cd "$d"; {sums}; fi; done',
         step.seconds,
     ).stdout
     digests = {
@@ -53,12 +67,12 @@ def upload_folder(node: Host, step: UploadFolder) -> None:
     }
     for path, (source, sha256) in step.files.items():
         if sha256 not in (digests.get(path), digests.get(sha256)):
-            _put(node, source, landing / sha256, step.seconds)
+            _put(node, source, arriving / sha256, step.seconds)
     lines = "".join(f"{sha256} {path}\n" for path, (_, sha256) in step.files.items())
-    _put(node, io.StringIO(lines), landing / "list", step.seconds)
+    _put(node, io.StringIO(lines), arriving / "list", step.seconds)
     session.run(
         node,
-        f"set -e\nfolder={quote(str(folder))} landing={quote(str(landing))} mode={step.mode}{_PLACE}",
+        f"set -e\numask 022\nfolder={quote(str(folder))} landing={quote(str(arriving))} mode={step.mode}{_PLACE}",
         step.seconds,
     )
 
@@ -81,16 +95,6 @@ def download(node: Host, step: Download) -> None:
         raise session.NodeFailed(f"copying {step.source} broke off: {error}") from None
     finally:
         part.unlink(missing_ok=True)
-
-
-def _prepared(node: Host, landing: PurePosixPath) -> str:
-    """Shell that has a folder into which the login user may write; what lies in it stays."""
-    user = str(node.data.get("ssh_user") or os.getuid())  # the control machine itself has no login
-    there = quote(str(landing))
-    return (
-        f"mkdir -p {quote(str(landing.parent))}\ntest -d {there} || mkdir -m 0700 {there}\n"
-        f"chown {quote(user)} {there}"
-    )
 
 
 def _put(node: Host, source: Path | io.StringIO, place: PurePosixPath, seconds: int) -> None:
