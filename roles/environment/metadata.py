@@ -89,10 +89,10 @@ def _editable_url(text: str) -> str:
     """The folder in a direct_url.json (PEP 610); empty where it is no editable install."""
     try:
         told = json.loads(text)
-        url, editable = told["url"], told["dir_info"]["editable"]
-    except (ValueError, KeyError, TypeError):
+        folder, editable = urlsplit(str(told["url"])).path, told["dir_info"]["editable"]
+    except (ValueError, KeyError, TypeError, RecursionError):
         return ""
-    return unquote(urlsplit(str(url)).path) if editable is True else ""
+    return unquote(folder) if editable is True else ""
 
 
 # ---- records that claim the same files ------------------------------------------------------------
@@ -111,10 +111,14 @@ def doubtful(folders: Iterable[str]) -> list[list[str]]:
 def recorded(record: str) -> dict[str, str]:
     """The files of a RECORD in site-packages with their SHA-256 as it is spelt there.
 
-    Scripts are left out: whoever relocates an environment rewrites them.
+    Scripts are left out: whoever relocates an environment rewrites them. A broken record claims nothing.
     """
     found = {}
-    for row in csv.reader(record.splitlines()):
+    try:
+        rows = list(csv.reader(record.splitlines()))
+    except csv.Error:
+        return {}
+    for row in rows:
         if len(row) >= 2 and row[1].startswith("sha256=") and not row[0].startswith(("../", "/")):
             found[row[0]] = row[1].removeprefix("sha256=")
     return found

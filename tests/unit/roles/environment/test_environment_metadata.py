@@ -69,6 +69,8 @@ def test_an_editable_install_from_outside_is_found(tmp_path: Path, file: str, te
         direct_url(LOST, editable=False),
         '{"url": "https://example.org/x.whl", "archive_info": {}}',
         '{"url": 3}',
+        '{"url": "http://[", "dir_info": {"editable": true}}',
+        pytest.param("[" * 200_000, id="deeper than can be read"),
         "{",
         "",
     ],
@@ -114,6 +116,18 @@ def test_what_a_program_writes_after_the_tar_is_read_too(tmp_path: Path) -> None
     padded = gzip.compress((tmp_path / "a.tar").read_bytes() + b"\0" * (4 << 20))
     (tmp_path / "padded.tar.gz").write_bytes(padded)
     assert read(tmp_path / "padded.tar.gz").strays == ("torch-2.5.0.dist-info",)
+
+
+def test_a_broken_record_owns_nothing(tmp_path: Path) -> None:
+    """Its quote never ends, and the field is longer than a reader takes."""
+    found = packed(
+        tmp_path,
+        ("torch/version.py", "2.6"),
+        ("torch-2.5.0.dist-info/RECORD", '"' + record(("torch/version.py", "2.6")) * 2000),
+        ("torch-2.6.0.dist-info/RECORD", record(("torch/version.py", "2.6"))),
+    )
+    assert found.strays == ("torch-2.5.0.dist-info",)
+    assert found.distributions == ("torch-2.6.0.dist-info",)
 
 
 @pytest.mark.parametrize(
