@@ -43,6 +43,13 @@ SCRATCH, MADE = "making-", "made"
 CALLERS_OWN = re.compile(r"PYTHON|VIRTUAL_ENV|PIP_(TARGET|PREFIX|ROOT|USER|REQUIRE)")
 """Variables that would lead an installation elsewhere; where packages come from is pip's configuration to say."""
 
+INCLUDED = re.compile(
+    r"""(?mx) ^[ \t]* (?: -[ \t]+ ["']? )?             # in an environment.yml it is an item of a list
+    (?: -[rc] | --requirement | --constraint ) [ \t=]*
+    (?: "(?P<double>[^"\n]+)" | '(?P<single>[^'\n]+)' | (?P<bare>[^\s"']+) )"""
+)
+"""A file that a list for pip takes in."""
+
 CONDA_TOOLS = ("micromamba", "mamba", "conda")
 
 _lock = RLock()
@@ -101,14 +108,17 @@ def _of_directory(directory: Path, folder: Path) -> Path:
             raise ArchiveProblem(f"{directory} changed while it was packed: run again")
 
     before = _content(directory)
-    return _made(folder, before, f"packing {directory}", make)
+    return _made(folder, _key([RECIPE, before]), f"packing {directory}", make)
 
 
 def _content(directory: Path) -> str:
     """A directory's state by its files' names, kinds, sizes and times, without reading them."""
     digest = hashlib.sha256()
     for path in entries(directory, CACHES):
-        status = path.lstat()
+        try:
+            status = path.lstat()
+        except OSError as error:  # it went meanwhile
+            raise ArchiveProblem(f"{path} cannot be read: {error.strerror}") from None
         told: tuple[object, ...] = ()  # a folder's time changes with its caches
         if stat.S_ISLNK(status.st_mode):
             told = (str(path.readlink()),)
@@ -184,7 +194,7 @@ def _compressed(archive: Path) -> Iterator[IO[bytes]]:
 def _of_requirements(cluster: Cluster, one: Declared, file: Path, folder: Path) -> Path:
     """A venv of this machine's Python, with exactly the listed wheels; their hashes decide."""
     spec = one.spec
-    text = _text(file)
+    texts = _texts(file)
     assert spec.python is not None
     python = _interpreter(spec.python, file)
     if spec.wheels is not None:
@@ -210,7 +220,7 @@ def _of_requirements(cluster: Cluster, one: Declared, file: Path, folder: Path) 
         )
         pack(venv, scratch / MADE)
 
-    inputs = [RECIPE, text, spec.python, python, platform.machine()]
+    inputs = [RECIPE, texts, spec.python, python, platform.machine()]
     return _made(folder, _key(inputs), f"building Python {spec.python} with {file}", make)
 
 
@@ -240,7 +250,7 @@ def _interpreter(version: str, file: Path) -> str:
 
 def _of_conda(file: Path, folder: Path) -> Path:
     """A conda environment of an environment.yml, by whichever of conda's tools is here."""
-    text = _text(file)
+    texts = _texts(file)
     tool = next((one for one in CONDA_TOOLS if shutil.which(one)), None)
 
     def make(scratch: Path) -> None:
@@ -254,7 +264,26 @@ def _of_conda(file: Path, folder: Path) -> Path:
         _run([tool, *verb, "--yes", "--prefix", str(prefix), "--file", str(file)], file)
         pack(prefix, scratch / MADE)
 
-    return _made(folder, _key([RECIPE, text, platform.machine()]), f"building {file}", make)
+    return _made(folder, _key([RECIPE, texts, platform.machine()]), f"building {file}", make)
+
+
+def _texts(file: Path) -> list[str]:
+    """The text of a list of packages and of every file that it takes in. Raises ArchiveProblem."""
+    texts: dict[Path, str] = {}
+    left = [file]
+    while left:
+        now = left.pop()
+        if now in texts:
+            continue
+        texts[now] = _text(now)
+        for found in INCLUDED.finditer(texts[now]):
+            name = found["double"] or found["single"] or found["bare"]
+            if ":/" in name:
+                raise ArchiveProblem(
+                    f"{now} takes in {name}, where a change is not seen: keep a copy beside it"
+                )
+            left.append(Path(os.path.normpath(now.parent / name)))
+    return list(texts.values())
 
 
 def _text(file: Path) -> str:

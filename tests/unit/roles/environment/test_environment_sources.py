@@ -167,6 +167,16 @@ def test_a_directory_that_changes_while_it_is_packed_is_named(
     assert made(home) == []
 
 
+def test_a_file_that_goes_while_a_directory_is_looked_at_is_named(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = tree(home) / "gone"
+    monkeypatch.setattr(sources, "entries", lambda *arguments: iter([gone]))
+    assert (
+        refused(home, directory="envs/llm") == f"{gone} cannot be read: No such file or directory"
+    )
+
+
 def test_a_file_that_cannot_be_read_and_a_full_disk_are_named(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -255,6 +265,39 @@ def test_a_list_that_cannot_be_built_is_named_with_the_reason_of_pip(home: Path)
     (home / "main.txt").write_text(good)
     assert f"there is no directory of wheels {home}/nowhere" in refused(home, **entry)
     assert made(home) == []
+
+
+@pytest.mark.usefixtures("this_python")
+def test_a_change_of_a_file_that_a_list_takes_in_is_seen(home: Path) -> None:
+    (home / "lists").mkdir()
+    lines = [wheel(home / "wheels", "greeting", version) for version in ("1.1", "1.2")]
+    (home / "main.txt").write_text("# all of it\n  -r lists/base.txt # ours\n")
+    (home / "lists/base.txt").write_text(f"{lines[0]}--constraint='the limits.txt'\n")
+    (home / "lists/the limits.txt").write_text("greeting<2\n")
+    entry = {"requirements": "main.txt", "python": RUNNING, "wheels": "wheels"}
+    first = archive_of(*asked(home, **entry))
+    assert described(*asked(home, **entry)).distributions == ("greeting-1.1.dist-info",)
+    (home / "lists/base.txt").write_text(lines[1])
+    assert described(*asked(home, **entry)).distributions == ("greeting-1.2.dist-info",)
+    assert not first.exists()
+
+
+def test_everything_that_a_list_takes_in_is_part_of_it(home: Path) -> None:
+    (home / "b.txt").write_text("b")
+    (home / "c d.txt").write_text("c")
+    for line in ("-r b.txt", "-rb.txt", "--requirement=b.txt", "-c b.txt # x", "- '-r b.txt'"):
+        (home / "a.txt").write_text(f"x==1\n  {line}\n")
+        assert sources._texts(home / "a.txt")[1:] == ["b"], line
+    (home / "a.txt").write_text("-c 'c d.txt'\n--constraint b.txt\n-r lists/../a.txt\n")
+    assert sorted(sources._texts(home / "a.txt")[1:]) == ["b", "c"]
+    (home / "a.txt").write_text("# -r gone.txt\nx==1 -r gone.txt\n- r-base\n--hash=-rx\n")
+    assert len(sources._texts(home / "a.txt")) == 1
+    (home / "a.txt").write_text("-r gone.txt\n")
+    with pytest.raises(ArchiveProblem, match=f"^{home}/gone.txt cannot be read: No such file"):
+        sources._texts(home / "a.txt")
+    (home / "a.txt").write_text("-c https://a.lan/limits.txt\n")
+    with pytest.raises(ArchiveProblem, match=r"a.txt takes in https://a.lan/limits.txt, where"):
+        sources._texts(home / "a.txt")
 
 
 def test_a_python_that_is_not_here_is_named(home: Path) -> None:
