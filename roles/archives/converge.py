@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from roles.archives.drift import missing
-from roles.archives.probe import ArchivesState
+from roles.archives.probe import ArchivesState, taker
 from roles.core import relay
 from roles.core.role import Finding, Peers, Target
 from roles.core.steps import Shell, Step
@@ -18,6 +18,6 @@ def converge(
 ) -> Iterator[Step]:
     """One upload an archive: by the head to the shared storage, or by each node to itself."""
     if state.stale_keys:
-        yield Shell(relay.sweep(target.node.ssh.user))
+        yield Shell(relay.sweep(target.node.ssh.user, taker(target)))
     for _, parcel in list(missing(target, state, peers)):
         yield from deliver(parcel, target, state.parcels, peers)

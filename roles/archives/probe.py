@@ -41,9 +41,13 @@ def probe(target: Target[Environments]) -> str:
             f'  if [ -f "$t/{STAMP}" ]; then IFS= read -r l <"$t/{STAMP}"\n'
             f"    printf 'stamp %s %s\\n' {one.name} \"$l\"; fi\ndone\n"
         )
-    home = f"cd ~{target.node.ssh.user} 2>/dev/null || cd /"  # a name that needs no quotes
-    keys = f"{home}\nauthorized=.ssh/authorized_keys\n{relay.STALE.strip()} | sed 's/^/key /'\n"
+    keys = f"{relay.stale(target.node.ssh.user, taker(target)).strip()} | sed 's/^/key /'\n"
     return "".join([PROBE, *parts, parcel.probe(parcels, target.cluster), keys, "echo end\n"])
+
+
+def taker(target: Target[Environments]) -> str:
+    """From where the node's one-time keys are used: a peer's address."""
+    return next(iter(target.others), target.node).address
 
 
 @whole

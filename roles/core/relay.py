@@ -2,9 +2,9 @@
 
 The taker makes the key; its private half never leaves it and lies in memory (``/run``). The giver lets it
 in as the user as whom the control machine comes, from the taker's address alone, to read this one file, and
-takes its line out of authorized_keys when the key is first used. A key that is never used (a killed run, a
-power cut) expires within minutes, and the next look finds its line. No port is opened, and no node trusts
-another longer than that.
+takes its line out of authorized_keys when the key is first used. A key that is never used because the run
+was killed expires within minutes; the next look finds its line when it has, and at once when the giver was
+restarted. No port is opened, and no node trusts another longer than that.
 """
 
 from __future__ import annotations
@@ -38,13 +38,18 @@ class Refused(Exception):
 LOGIN = r"""
 PATH=$PATH:/usr/sbin:/sbin LC_ALL=C; export PATH LC_ALL
 umask 077
-cd
+cd || exit 1
+boot="# $(cat /proc/sys/kernel/random/boot_id) $(sed 's/.*) \([^ ]* \)\{19\}\([^ ]*\).*/\2/' /proc/1/stat)" || :
 settings=$(sshd -T -C "user=$USER,host=$taker,addr=$taker" 2>/dev/null) || :  # root alone may ask
 authorized=$(printf '%s\n' "$settings" | sed -n 's/^authorizedkeysfile \([^ ]*\).*/\1/p')
 authorized=$(printf %s "${authorized:-.ssh/authorized_keys}" | sed "s,%h,$HOME,g;s,%u,$USER,g;s,%%,%,g")
 case $authorized in none) ;; *) authorized=$(readlink -m "$authorized") ;; esac
 """
-"""Shell that sets $settings, sshd's for who comes from $taker, and $authorized, the file with his keys."""
+"""Shell that sets $settings, sshd's for who comes from $taker, $authorized, the file with his keys, and $boot.
+
+Containers of one machine share the boot's id, so $boot also has when the first process started; a user from
+whom /proc hides that process lacks it.
+"""
 
 
 GIVE = r"""
@@ -70,10 +75,18 @@ done
 
 STALE = f"""
 sed -n 's/.* \\({MARK}[0-9a-f]*\\)$/\\1/p' "$authorized" 2>/dev/null | while read -r mark; do
-  test -n "$(find "{FOLDER}/$mark" -mmin -{EXPIRY_MINUTES} 2>/dev/null)" || echo "$mark"
+  born=
+  if test -f "{FOLDER}/$mark"; then read -r born <"{FOLDER}/$mark" || :; fi
+  case "$boot " in
+    "$born "*) test -n "$(find "{FOLDER}/$mark" -mmin -{EXPIRY_MINUTES} 2>/dev/null)" || echo "$mark" ;;
+    *) echo "$mark" ;;
+  esac
 done
 """
-"""Shell that prints the comments of the lines in $authorized that no run will use any more."""
+"""Shell that prints the comments of the lines in $authorized that no run will use any more.
+
+Their script is gone, of an earlier boot, or older than the key may get.
+"""
 
 
 def drop(marks: str) -> str:
@@ -94,14 +107,24 @@ def drop(marks: str) -> str:
         '    if test -e /sys/fs/selinux/enforce; then restorecon "$authorized" || :; fi\n'
         '  else rm -f "$authorized.lockstep-new"; fi\n'
         "fi\n"
-        f"(cd {FOLDER}; xargs rm -f <drop)\nexec 9>&-\n"
+        f"(cd {FOLDER}; xargs rm -f <drop)\n"
+        f"find {FOLDER} -name '{MARK}*' -mmin +{EXPIRY_MINUTES} -exec rm -f {{}} +\n"  # the power went before its line
+        "exec 9>&-\n"
     )
 
 
-def sweep(user: str) -> str:
-    """Shell for root that takes out what killed runs left in this user's authorized_keys."""
+def stale(user: str, taker: str) -> str:
+    """Shell for root that prints the names of what killed runs left in this user's authorized_keys.
+
+    taker: where keys are used from: sshd may read another file for him who comes from there.
+    """
+    return f"(\nHOME=~{user} USER={user} taker={quote(taker)}{LOGIN}{STALE.strip()}\n)\n"
+
+
+def sweep(user: str, taker: str) -> str:
+    """Shell for root that takes out what ``stale`` prints."""
     return (
-        f"HOME=~{user} USER={user} taker=localhost{LOGIN}{drop(STALE)}"
+        f"HOME=~{user} USER={user} taker={quote(taker)}{LOGIN}{drop(STALE)}"
         f"chown {user} {FOLDER} {FOLDER}/*\n"
     )
 
@@ -118,7 +141,7 @@ def _grant(step: Upload, mark: str, taker: str, key: str) -> str:
     return (
         f"set -e\ntaker={quote(taker)}{LOGIN}"
         'if test "$authorized" = none; then echo "its sshd reads no authorized_keys" >&2; exit 1; fi\n'
-        f'{drop(STALE)}{{ printf "authorized=\'%s\'\\n" "$authorized"; printf %s {encoded} | base64 -d; }} >{FOLDER}/{mark}\n'
+        f'{drop(STALE)}{{ printf "%s\\nauthorized=\'%s\'\\n" "$boot" "$authorized"; printf %s {encoded} | base64 -d; }} >{FOLDER}/{mark}\n'
         "version=$(ssh -V 2>&1 | sed -n 's/[^0-9]*\\([0-9]*\\)\\.\\([0-9]*\\).*/\\1 \\2/p')\n"
         "set -- ${version:-0 0}\nexpiry=\n"
         'if test "$(($1 * 100 + $2))" -ge 707; then  # earlier ones refuse a line that has it\n'
@@ -152,6 +175,7 @@ def _take(step: Upload, mark: str, giver: Node, host_keys: list[str]) -> str:
     )
     return (
         f"folder=/run/{mark}\ntrap 'rm -rf \"$folder\"' EXIT\ntrap 'exit 1' HUP INT TERM\n"
+        'exec 8<"$folder"\nflock -n 8 || exit 1\n'  # as long as it is used, nobody sweeps it
         f'printf %s {base64.b64encode(known.encode()).decode()} | base64 -d >"$folder/known" || exit 1\n'
         f"at=$(stat -c %s {part} 2>/dev/null) || at=0\n"
         # What has reached the disk on the way need not be waited for at the end.
@@ -165,6 +189,22 @@ def _take(step: Upload, mark: str, giver: Node, host_keys: list[str]) -> str:
     )
 
 
+def _make(mark: str, before: str) -> str:
+    """Shell for the taker that prints the key that it made; what killed runs left, whose keys expired, goes.
+
+    before: shell that it runs first.
+    """
+    return (
+        f"set -e\n{before} >/dev/null\n"
+        f"for old in /run/{MARK}*; do\n"
+        f'  if test -n "$(find "$old" -maxdepth 0 -mmin +{EXPIRY_MINUTES} 2>/dev/null)"; then\n'
+        '    flock -n "$old" rm -rf "$old" || :\n  fi\ndone\n'
+        f"umask 077\nmkdir /run/{mark}\n"
+        f"if command -v ssh >/dev/null && ssh-keygen -q -t ed25519 -N '' -C {mark} -f /run/{mark}/key </dev/null\n"
+        f"then cut -d ' ' -f 1,2 /run/{mark}/key.pub; fi"
+    )
+
+
 @contextmanager
 def opened(
     step: Upload, giver: Host, taker: Host, places: Mapping[str, Node], before: str
@@ -175,17 +215,10 @@ def opened(
     Raises Refused when the giver cannot be asked or the taker makes no key, NodeFailed when the taker is dead.
     """
     mark = f"{MARK}{secrets.token_hex(8)}"
-    made = session.run(
-        taker,
-        f"set -e\n{before} >/dev/null\numask 077\nmkdir /run/{mark}\n"
-        f"if command -v ssh >/dev/null && ssh-keygen -q -t ed25519 -N '' -C {mark} -f /run/{mark}/key </dev/null\n"
-        f"then cut -d ' ' -f 1,2 /run/{mark}/key.pub; fi",
-        SECONDS,
-    )
+    made, address = session.run(taker, _make(mark, before), SECONDS), places[taker.name].address
     try:
         if not made.stdout.strip():
             raise Refused(f"no ssh on {taker.name} that makes a key")
-        address = places[taker.name].address
         try:
             answer = session.run(
                 giver, _grant(step, mark, address, made.stdout.strip()), SECONDS, root=False
@@ -196,7 +229,9 @@ def opened(
         yield _take(step, mark, places[giver.name], host_keys)
     except BaseException:
         with suppress(session.NodeFailed):
-            session.run(giver, f"taker=localhost{LOGIN}{drop(f'echo {mark}')}", SECONDS, root=False)
+            session.run(
+                giver, f"taker={quote(address)}{LOGIN}{drop(f'echo {mark}')}", SECONDS, root=False
+            )
         with suppress(session.NodeFailed):
             session.run(taker, f"rm -rf /run/{mark}", SECONDS)
         raise

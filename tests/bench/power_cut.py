@@ -2,8 +2,10 @@
 
 Brings up a lab of its own with two nodes; each round declares another archive, starts a run, cuts one node
 (in half of the rounds the control process is killed too), starts it again and runs once more. A round is
-good when the old environment could be used until the cut, and that one run brings the new one to both
-nodes. Arguments: number of rounds (20), seed (1). Prints JSON; times are seconds of wall clock.
+good when the old environment could be used until the cut, one run brings the new one to both nodes, and
+nothing is left behind. One thing may be: where the control process was killed, the key that it made and
+could not take back, on the nodes that were not cut since; its line must go when it expires.
+Arguments: number of rounds (20), seed (1). Prints JSON; times are seconds of wall clock.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -22,9 +25,11 @@ from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
 
+from roles.core.relay import MARK
 from tests.lab.site import BIN, ROOT, Site, bare
 
 STATE = Path("/var/lib/lockstep-lab-power")
+KEY = re.compile(rf"(/run/)?{MARK}[0-9a-f]{{16}}")
 PREFIX = "/opt/lockstep/envs/main"
 SITE = "env/lib/python3.11/site-packages"
 BYTES = 60_000_000
@@ -34,6 +39,16 @@ from roles.converge import converge
 converge(archives.role)
 converge(environment.role)
 """
+LEFT = rf"""
+ls -d {PREFIX}.lockstep-new-* /var/lib/lockstep/archives/.[!.]* 2>/dev/null
+ls -d /run/{MARK}* 2>/dev/null
+lately=$(date -d '-2 minutes' +%Y%m%d%H%M)
+cat /root/.ssh/authorized_keys /home/*/.ssh/authorized_keys 2>/dev/null | grep {MARK} | while read -r line; do
+  until=$(printf %s "$line" | sed -n 's/.*expiry-time="\([0-9]*\)".*/\1/p')
+  if test "${{until:-0}}" -lt "$lately"; then echo "expired ${{line##* }}"; else echo "${{line##* }}"; fi
+done
+"""
+"""Shell that prints what runs left on a node, a line each; a key's line is swept in the minute after its last."""
 ASK = f"{PREFIX}/bin/python -c 'import greeting; print(greeting.WORD)' 2>&1 | tail -n 1"
 
 
@@ -41,7 +56,8 @@ ASK = f"{PREFIX}/bin/python -c 'import greeting; print(greeting.WORD)' 2>&1 | ta
 class Round:
     """One cut. word_after_cut: what the environment said when its node was up again.
 
-    lost: what it said before the cut that was neither the old word nor the new one.
+    lost: what it said before the cut that was neither the old word nor the new one. left: what lies on the
+    nodes and should not. kept: keys that only the killed control process could have taken back.
     """
 
     node: str
@@ -51,7 +67,8 @@ class Round:
     lost: list[str]
     again_s: float
     words: dict[str, str]
-    left: str
+    left: list[str]
+    kept: list[str]
     good: bool
 
 
@@ -80,6 +97,7 @@ def brought_up() -> Iterator[Site]:
 def cuts(site: Site, rounds: int, seed: int) -> Iterator[Round]:
     """Cut so often, at moments spread over the time that a whole run takes."""
     chance = random.Random(seed)
+    kept: dict[str, set[str]] = {node: set() for node in site.nodes}
     declare(site, "word0")
     run(site)
     declare(site, "word1")
@@ -94,6 +112,7 @@ def cuts(site: Site, rounds: int, seed: int) -> Iterator[Round]:
             kill=chance.random() < 0.5,
             old=old,
             new=new,
+            kept=kept,
         )
 
 
@@ -131,8 +150,19 @@ def run(site: Site) -> float:
     return time.monotonic() - start
 
 
-def cut(site: Site, node: str, seconds: float, kill: bool, old: str, new: str) -> Round:
-    """One round; raises AssertionError when the run after the cut fails."""
+def cut(
+    site: Site,
+    node: str,
+    seconds: float,
+    kill: bool,
+    old: str,
+    new: str,
+    kept: dict[str, set[str]],
+) -> Round:
+    """One round; raises AssertionError when the run after the cut fails.
+
+    kept: node to what killed control processes left there so far, and may; this round's is added.
+    """
     command = [str(BIN / "pyinfra"), "inventory.py", str(site.directory / "deploy.py"), "-y"]
     process = subprocess.Popen(
         command,
@@ -156,11 +186,13 @@ def cut(site: Site, node: str, seconds: float, kill: bool, old: str, new: str) -
     after = site.shell(node, ASK, check=False).strip()
     again = run(site)
     words = {each: site.shell(each, ASK, check=False).strip() for each in site.nodes}
-    left = "".join(
-        site.shell(each, f"ls -d {PREFIX}.lockstep-new-* 2>/dev/null; cat ~/.ssh/authorized_keys "
-                   "/home/*/.ssh/authorized_keys 2>/dev/null | grep lockstep-relay-", check=False)
-        for each in site.nodes
-    )  # fmt: skip
+    kept[node].clear()  # the power cut ended it
+    left = []
+    for each in site.nodes:
+        there = site.shell(each, LEFT, check=False).splitlines()
+        if kill and each != node:
+            kept[each].update(line for line in there if KEY.fullmatch(line))
+        left += [f"{each}: {line}" for line in there if line not in kept[each]]
     lost = [word for word in said if word not in (old, new)]
     return Round(
         node=node,
@@ -171,6 +203,7 @@ def cut(site: Site, node: str, seconds: float, kill: bool, old: str, new: str) -
         again_s=round(again, 1),
         words=words,
         left=left,
+        kept=sorted(set().union(*kept.values())),
         good=set(words.values()) == {new} and not lost and not left,
     )
 

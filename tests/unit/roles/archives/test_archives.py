@@ -105,7 +105,7 @@ def test_keys_of_past_transfers_are_taken_out() -> None:
     (finding,) = drift(target("node2"), state, {})
     assert finding.id == "archive-relay-key" and finding.seen == "lockstep-relay-12"
     (step,) = converge(target("node2"), state, {}, [finding])
-    assert isinstance(step, Shell) and "USER=root" in step.command
+    assert isinstance(step, Shell) and "USER=root taker=10.0.0.1" in step.command
 
 
 def test_an_unusable_archive_is_left_to_the_environment_role(

@@ -55,6 +55,15 @@ def sh(script: str) -> str:
     return done.stdout
 
 
+def found(home: Path) -> list[str]:
+    """The keys of dead transfers, as the look finds them."""
+    return sh(relay.stale("root", "10.0.0.2").replace("HOME=~root", f"HOME={home}")).split()
+
+
+def swept(home: Path) -> None:
+    sh(relay.sweep("root", "10.0.0.2").replace("HOME=~root", f"HOME={home}"))
+
+
 def lines(home: Path) -> list[str]:
     return (home / ".ssh/authorized_keys").read_text().splitlines()
 
@@ -142,18 +151,86 @@ def test_lines_of_killed_runs_are_found_and_swept_and_those_of_a_live_one_stay(
 ) -> None:
     with (home / ".ssh/authorized_keys").open("a") as file:
         file.write(f"\nrestrict ssh-ed25519 AAAAx {relay.MARK}aaaa\n")
-    find = f"cd {home}; authorized=.ssh/authorized_keys\n{relay.STALE}"
-    assert sh(find).split() == [f"{relay.MARK}aaaa"]
+    assert found(home) == [f"{relay.MARK}aaaa"]
     Path(step.destination).write_bytes(b"x")
     grant(step)  # sweeps too
     assert [line.rpartition(" ")[2] for line in lines(home)] == ["liu", MARK]
-    assert sh(find) == ""
+    assert found(home) == []
     old = time.time() - 60 * relay.EXPIRY_MINUTES - 60
     os.utime(home / ".ssh/lockstep-relay" / MARK, (old, old))
-    assert sh(find).split() == [MARK]
-    sweep = relay.sweep("root").replace("HOME=~root", f"HOME={home}")
-    sh(sweep)
-    assert lines(home) == [OTHER] and sh(find) == ""
+    assert found(home) == [MARK]
+    swept(home)
+    assert lines(home) == [OTHER] and found(home) == []
+
+
+BOOT = "/proc/sys/kernel/random/boot_id", "/proc/1/stat"
+
+
+@pytest.mark.parametrize("renewed", BOOT)
+def test_a_key_from_before_the_giver_was_restarted_is_dead_at_once(
+    home: Path, step: Upload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renewed: str
+) -> None:
+    """A machine has another boot id then; a container that of its machine, and another first process."""
+    for path in BOOT:
+        shown = tmp_path / Path(path).name
+        shown.write_text(Path(path).read_text())
+        monkeypatch.setattr(relay, "LOGIN", relay.LOGIN.replace(path, str(shown)))
+    Path(step.destination).write_bytes(b"x")
+    grant(step)
+    assert found(home) == []
+    shown = tmp_path / Path(renewed).name
+    if renewed == "/proc/1/stat":
+        words = shown.read_text().rpartition(")")[2].split()
+        words[19] = f"{words[19]}1"
+        shown.write_text(f"1 (an init) of) {' '.join(words)}\n")
+    else:
+        shown.write_text("89ab\n")
+    assert found(home) == [MARK]
+    swept(home)
+    assert lines(home) == [OTHER] and not (home / ".ssh/lockstep-relay" / MARK).exists()
+
+
+def test_a_user_from_whom_proc_hides_the_first_process_gives_keys_that_live(
+    home: Path, step: Upload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path(step.destination).write_bytes(b"x")
+    with monkeypatch.context() as hidden:
+        hidden.setattr(relay, "LOGIN", relay.LOGIN.replace("/proc/1/stat", "/proc/none/stat"))
+        grant(step)
+        assert found(home) == []
+    assert found(home) == []
+
+
+def test_a_script_that_the_power_cut_left_empty_keeps_no_key(home: Path, step: Upload) -> None:
+    grant(step)
+    (home / ".ssh/lockstep-relay" / MARK).write_bytes(b"")
+    assert found(home) == [MARK]
+
+
+def test_a_script_whose_line_was_never_written_goes_when_its_key_would_have_expired(
+    home: Path, step: Upload
+) -> None:
+    scripts = home / ".ssh/lockstep-relay"
+    scripts.mkdir()
+    for name, minutes in (("aa", relay.EXPIRY_MINUTES + 1), ("bb", 1)):
+        (scripts / f"{relay.MARK}{name}").touch()
+        past = time.time() - 60 * minutes
+        os.utime(scripts / f"{relay.MARK}{name}", (past, past))
+    grant(step)
+    kept = {path.name for path in scripts.iterdir()}
+    assert kept == {"drop", "lock", MARK, f"{relay.MARK}bb"}
+
+
+def test_keys_are_looked_for_where_sshd_reads_them(home: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "keys-of-root"
+    elsewhere.write_text(f"restrict ssh-ed25519 AAAAx {relay.MARK}aaaa\n{OTHER}\n")
+    (tmp_path / "tools/sshd").write_text(
+        "#!/bin/sh\ncase $* in *addr=10.0.0.2*) "
+        f"echo 'authorizedkeysfile {tmp_path}/keys-of-%u .ssh/authorized_keys2';; esac\n"
+    )
+    assert found(home) == [f"{relay.MARK}aaaa"]
+    swept(home)
+    assert elsewhere.read_text() == f"{OTHER}\n" and lines(home) == [OTHER]
 
 
 def test_lines_of_other_keys_stay_byte_for_byte(
@@ -234,7 +311,38 @@ def test_a_taker_that_can_make_no_key_is_served_in_another_way(
     taker: Any = Taker()
     with (
         pytest.raises(relay.Refused, match="no ssh on node2 that makes a key"),
-        relay.opened(step, taker, taker, {}, "echo 0"),
+        relay.opened(step, taker, taker, {"node2": GIVER}, "echo 0"),
     ):
         pass
     assert not list(tmp_path.glob(f"{relay.MARK}*")) and lines(home) == [OTHER]
+
+
+def test_the_next_transfer_sweeps_what_a_killed_one_left_on_the_taker_but_no_living_one(
+    home: Path, step: Upload, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    names = [f"{relay.MARK}{name}" for name in ("dead", "young", "busy")]
+    for name in names:
+        (run / name).mkdir(parents=True)
+        (run / name / "key").write_text("secret")
+    past = time.time() - 60 * relay.EXPIRY_MINUTES - 60
+    for name in (names[0], names[2]):
+        os.utime(run / name, (past, past))
+    go = tmp_path / "go"
+    (tmp_path / "tools/ssh").write_text(
+        f"#!/bin/sh\ntouch {go}\nwhile test -e {go}; do sleep 0.05; done\ncat {step.source}\n"
+    )
+    taking = subprocess.Popen(
+        ["sh", "-c", relay._take(step, names[2], GIVER, []).replace("/run/", f"{run}/")]
+    )
+    try:
+        assert soon(go.exists)
+        os.utime(run / names[2], (past, past))  # it takes long
+        key = sh(relay._make(MARK, "echo before").replace("/run/", f"{run}/"))
+        assert key.startswith("ssh-ed25519 ")
+        assert {path.name for path in run.iterdir()} == {*names[1:], MARK}
+    finally:
+        go.unlink(missing_ok=True)
+    assert taking.wait(20) == 0
+    assert {path.name for path in run.iterdir()} == {names[1], MARK}
+    assert Path(step.part).read_bytes() == step.source.read_bytes()
