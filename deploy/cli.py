@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from deploy import env_cli as env
 from deploy import jobs_cli as jobs
-from deploy import trust, verify
+from deploy import reboot, trust, verify
 from deploy.bundle import cli as bundle
 from deploy.lab import cli as lab
 from deploy.lab.errors import LabError
@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Look at, verify and rehearse a cluster; pyinfra inventory.py deploy/cluster.py converges it.",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (verify, jobs, trust, env, bundle, lab):
+    for module in (verify, jobs, reboot, trust, env, bundle, lab):
         module.register(commands)
     chosen = parser.parse_args(arguments)
     try:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from deploy.verify import columns
 from inventory.cluster import Cluster
-from inventory.sentences import nearest
 
 if TYPE_CHECKING:
     from roles.environment.compare import Difference
@@ -59,9 +58,7 @@ def chosen_nodes(cluster: Cluster, one: str, other: str) -> tuple[str, str]:
     """Both names. Raises EnvError unless they are two declared nodes."""
     for name in (one, other):
         if name not in cluster.nodes:
-            near = nearest(name, cluster.nodes)
-            hint = f"did you mean {near}?" if near else f"its nodes are {', '.join(cluster.nodes)}"
-            raise EnvError(f"{cluster.path} declares no node {name!r}: {hint}")
+            raise EnvError(cluster.no_node(name))
     if one == other:
         raise EnvError(f"{one} is compared with itself: name another node")
     return one, other

@@ -90,8 +90,14 @@ class Seen:
     states: Mapping[str, JobState]
     silent: Mapping[str, str]
 
+    @property
+    def checkpoint(self) -> str | None:
+        """The newest complete one, as the first node that sees it has it."""
+        return next((state.checkpoint for state in self.states.values() if state.checkpoint), None)
 
-def _look(reached: Any, job: Named) -> Seen:
+
+def look(reached: Any, job: Named) -> Seen:
+    """Ask all nodes, at the same time, what they know of the job."""
     from roles.core import session
     from roles.core.role import Unreadable
     from roles.job.probe import parse, script
@@ -107,6 +113,26 @@ def _look(reached: Any, job: Named) -> Seen:
         {name: state for name, state in found.items() if not isinstance(state, str)},
         {name: state for name, state in found.items() if isinstance(state, str)},
     )
+
+
+def end(reached: Any, job: Named, names: Sequence[str]) -> str:
+    """End the job's units on those nodes, with a checkpoint where it trains; why not, or nothing."""
+    from roles.core import session
+    from roles.core.steps import quote
+    from roles.job.plan import unit_name
+
+    unit = quote(unit_name(job.name))
+    stop = f"systemctl stop {unit} && {{ systemctl reset-failed {unit} 2>/dev/null || :; }}"
+
+    def one(node: Any) -> str:
+        try:
+            session.run(node, stop, STOP_SECONDS)
+        except session.NodeFailed as error:
+            return str(error)
+        return ""
+
+    chosen = [node for node in reached.nodes if node.name in names]
+    return "; ".join(f"{name}: {why}" for name, why in reached.each(one, chosen).items() if why)
 
 
 def report(job: Named, decision: Decision, seen: Seen) -> dict[str, Any]:
@@ -143,9 +169,7 @@ def report(job: Named, decision: Decision, seen: Seen) -> dict[str, Any]:
         "loss": metrics.get("loss"),
         "tokens_per_s": metrics.get("tokens_per_s"),
         "eta_s": metrics.get("eta_s") if decision.state == "running" else None,
-        "checkpoint": next(
-            (state.checkpoint for state in seen.states.values() if state.checkpoint), None
-        ),
+        "checkpoint": seen.checkpoint,
         "nodes": nodes,
         "run": job.run,
         "logs": f"{job.run}/attempts/{decision.attempt}" if decision.attempt else None,
@@ -197,7 +221,7 @@ def _status(arguments: argparse.Namespace) -> int:
     cluster = declared()
     job = named(arguments.job, cluster)
     with reach(cluster) as reached:
-        seen = _look(reached, job)
+        seen = look(reached, job)
     decision = decide(job.name, seen.states)
     found = report(job, decision, seen)
     print(json.dumps(found, indent=2, ensure_ascii=False) if arguments.json else text(found))
@@ -209,13 +233,13 @@ def _stop(arguments: argparse.Namespace) -> int:
     from roles.core import session
     from roles.core.steps import quote
     from roles.job.decide import decide
-    from roles.job.plan import attempt_directory, unit_name
+    from roles.job.plan import attempt_directory
     from roles.registry import declared
 
     cluster = declared()
     job = named(arguments.job, cluster)
     with reach(cluster) as reached:
-        seen = _look(reached, job)
+        seen = look(reached, job)
         decision = decide(job.name, seen.states)
         if decision.state in ("absent", "complete") and not decision.survivors:
             print(f"job {job.name} does not run: {decision.state}")
@@ -230,34 +254,15 @@ def _stop(arguments: argparse.Namespace) -> int:
                 session.run(one, f"set -e; : >{quote(marker)}", LOOK_SECONDS)
             except session.NodeFailed as error:
                 return _say(f"{one.name}: {marker} cannot be written: {error}", 1)
-        begin, unit = time.monotonic(), quote(unit_name(job.name))
-        chosen = [node for node in reached.nodes if node.name in decision.survivors]
-        print(
-            f"stopping job {job.name} on {', '.join(node.name for node in chosen) or 'no node'} …"
-        )
-
-        def one_node(node: Any) -> str:
-            try:
-                session.run(
-                    node,
-                    f"systemctl stop {unit} && {{ systemctl reset-failed {unit} 2>/dev/null || :; }}",
-                    STOP_SECONDS,
-                )
-            except session.NodeFailed as error:
-                return str(error)
-            return ""
-
-        failed = {name: why for name, why in reached.each(one_node, chosen).items() if why}
-        if failed:
-            return _say("; ".join(f"{name}: {why}" for name, why in failed.items()), 1)
-        seen = _look(reached, job)
+        begin = time.monotonic()
+        print(f"stopping job {job.name} on {', '.join(decision.survivors) or 'no node'} …")
+        if failed := end(reached, job, decision.survivors):
+            return _say(failed, 1)
+        seen = look(reached, job)
     after = decide(job.name, seen.states)
-    checkpoint = next(
-        (state.checkpoint for state in seen.states.values() if state.checkpoint), None
-    )
-    kept = f"; its newest complete checkpoint is {checkpoint}" if checkpoint else ""
+    kept = f"; its newest complete checkpoint is {seen.checkpoint}" if seen.checkpoint else ""
     print(f"job {job.name}: {after.state} after {time.monotonic() - begin:.0f} s{kept}")
-    silent = [name for name in seen.silent if name in _planned(seen)]
+    silent = [name for name in seen.silent if name in planned(seen)]
     if silent:
         return _say(f"{', '.join(silent)} did not answer, and may still run a part of it", 2)
     return 0
@@ -272,7 +277,8 @@ def _seeing(seen: Seen, decision: Decision) -> list[str]:
     ]
 
 
-def _planned(seen: Seen) -> Sequence[str]:
+def planned(seen: Seen) -> Sequence[str]:
+    """The nodes of its last attempt."""
     from roles.job.decide import merged
 
     attempt = merged(seen.states)

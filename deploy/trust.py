@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import base64
-import difflib
 import hashlib
 import os
 import socket
@@ -89,11 +88,9 @@ def trust(cluster: Cluster, name: str, sure: bool) -> int:
 
 def declared_node(cluster: Cluster, name: str) -> Node:
     """The node of that name. Raises TrustError that names the nearest one."""
-    if name in cluster.nodes:
-        return cluster.nodes[name]
-    near = difflib.get_close_matches(name, cluster.nodes, 1)
-    hint = f"did you mean {near[0]}?" if near else f"its nodes are {', '.join(cluster.nodes)}"
-    raise TrustError(f"{cluster.path} declares no node {name!r}: {hint}")
+    if name not in cluster.nodes:
+        raise TrustError(cluster.no_node(name))
+    return cluster.nodes[name]
 
 
 def route(node: Node) -> tuple[str, Any]:

@@ -44,13 +44,7 @@ def verify(deep: bool = False) -> Report:
 
 def table(report: Report) -> str:
     """The report for a person: what is wrong, what waits for it, what was compared, and the verdict."""
-    parts = []
-    if report.findings:
-        rows = [(w.node, w.role, w.id, w.want, w.seen, w.fix) for w in report.findings]
-        parts.append(columns(("NODE", "ROLE", "FINDING", "WANT", "SEEN", "FIX"), rows))
-    if report.waiting:
-        waits = [(w.node, w.role, ", ".join(w.needs)) for w in report.waiting]
-        parts.append(columns(("NODE", "NOT JUDGED", "UNTIL RIGHT"), waits))
+    parts = wrong_tables(report)
     if report.identity:
         facts = [
             (
@@ -69,6 +63,18 @@ def table(report: Report) -> str:
         "unreadable": "unreadable: not every node could be looked at",
     }[report.verdict]
     return "\n\n".join([*parts, sentence])
+
+
+def wrong_tables(report: Report) -> list[str]:
+    """What is wrong, and what waits for it: a table each, where there is something to say."""
+    parts = []
+    if report.findings:
+        rows = [(w.node, w.role, w.id, w.want, w.seen, w.fix) for w in report.findings]
+        parts.append(columns(("NODE", "ROLE", "FINDING", "WANT", "SEEN", "FIX"), rows))
+    if report.waiting:
+        waits = [(w.node, w.role, ", ".join(w.needs)) for w in report.waiting]
+        parts.append(columns(("NODE", "NOT JUDGED", "UNTIL RIGHT"), waits))
+    return parts
 
 
 def columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

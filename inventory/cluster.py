@@ -15,6 +15,7 @@ from typing import TypeVar
 from pydantic import Field
 
 from inventory.base import Address, GpuClass, InterfaceName, NodeName, Port, Spec, Strict, UserName
+from inventory.sentences import nearest
 
 S = TypeVar("S", bound=Spec)
 
@@ -99,6 +100,12 @@ class Cluster:
         from inventory.settings import state_directory
 
         return self.ssh.known_hosts or state_directory() / self.name / "known_hosts"
+
+    def no_node(self, name: str) -> str:
+        """The sentence about a name that none of its nodes has."""
+        near = nearest(name, self.nodes)
+        hint = f"did you mean {near}?" if near else f"its nodes are {', '.join(self.nodes)}"
+        return f"{self.path} declares no node {name!r}: {hint}"
 
     def at_hand(self, path: Path | str) -> Path:
         """A path of the file as an absolute path on the control machine.

@@ -162,6 +162,30 @@ def test_a_power_cut_during_training_resumes_from_the_checkpoint_with_one_run(
     assert lab.verify()["verdict"] == "ok"
 
 
+@pytest.mark.slow
+def test_a_drained_job_goes_on_where_it_ended_after_all_nodes_were_rebooted(lab: Site) -> None:
+    name = "drained"
+    job = lab.write_job(name=name, trainer={"steps": 600, "checkpoint": {"every": 1000}})
+    done = lab.pyinfra("deploy/train.py", "-y", "--data", f"job={job}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    refused = lab.lockstep("reboot", "node2")
+    assert refused.returncode == 2 and f"job {name} runs on node2: add --drain" in refused.stderr
+    rebooted = lab.lockstep("reboot", "--all", "--drain", "--json")
+    report = json.loads(rebooted.stdout)
+    assert [(each["node"], each["state"]) for each in report["nodes"]] == [
+        ("node2", "back"),
+        ("node1", "back"),
+    ], rebooted.stderr
+    assert report["findings"] == [] and rebooted.returncode == 0
+    (drained,) = report["drained"]
+    last = int(drained["checkpoint"].removeprefix("step-"))
+    assert 0 < last < 600
+    lab.converge()
+    lab.finished(name)
+    resumed = next(record["step"] for record in lab.metrics(name) if record["attempt"] == 2)
+    assert last < resumed <= last + 10, "not one step was lost; every tenth is written down"
+
+
 def test_a_control_process_killed_while_it_starts_a_job_needs_one_more_run(
     lab: Site,
 ) -> None:

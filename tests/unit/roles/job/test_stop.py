@@ -47,7 +47,7 @@ def nodes(monkeypatch: pytest.MonkeyPatch, cluster: Cluster) -> Nodes:
         monkeypatch.setitem(sys.modules, "deploy.reach", SimpleNamespace(reach=reach))
         monkeypatch.setattr(registry, "declared", lambda: cluster)
         monkeypatch.setattr(session, "run", run)
-        monkeypatch.setattr(jobs_cli, "_look", lambda *_: jobs_cli.Seen(states, silent))
+        monkeypatch.setattr(jobs_cli, "look", lambda *_: jobs_cli.Seen(states, silent))
         return told
 
     return make

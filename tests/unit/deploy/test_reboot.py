@@ -1,0 +1,232 @@
+"""lockstep reboot, on nodes that are played: in which order they restart, what is waited for, and what refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from deploy import cli, jobs_cli, reboot
+from inventory.cluster import Cluster, Node
+from roles import registry
+from roles.core import session
+from roles.verify import Report, Wrong
+
+
+@dataclass
+class Played:
+    """A node by a script. boots: what it answers once it was told to reboot, a look each; None is silence."""
+
+    name: str
+    units: str = ""
+    boots: list[tuple[str, str] | None] = field(default_factory=lambda: [("new", "running")])
+    refusal: str = ""
+    silent: bool = False
+    told: bool = False
+
+
+@dataclass
+class Stage:
+    """What the command sees. ordered: nodes as they were told to reboot. lacking: a look of each node a time."""
+
+    nodes: dict[str, Played]
+    ordered: list[str] = field(default_factory=list)
+    lacking: dict[str, list[set[str]]] = field(default_factory=dict)
+    report: Report = field(default_factory=Report)
+    now: float = 0
+
+
+NAMES = ("main", "one", "two")
+HEALTHY = "boot a\nnow 1\ncores 1\ngpus 0\n{}\nend"
+UNIT = "Id=lockstep-long.service\nDescription=Lockstep job long, attempt 3\nActiveState=active\nResult=success\n"
+
+
+@pytest.fixture
+def stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Stage:
+    """Three nodes that reboot at once and lack nothing; each test changes what it is about."""
+    stage = Stage({name: Played(name) for name in NAMES})
+    declared = {name: Node(name=name, address=f"10.0.0.{at}") for at, name in enumerate(NAMES, 1)}
+    cluster = Cluster("test", tmp_path / "cluster.yaml", declared)
+    hosts = [SimpleNamespace(name=name) for name in NAMES]
+
+    def run(host: Any, script: str, seconds: int) -> session.Output:
+        node = stage.nodes[host.name]
+        if node.silent:
+            raise session.NodeFailed("cannot connect")
+        if script == reboot.ORDER:
+            stage.ordered.append(node.name)
+            node.told = not node.refusal
+            return session.Output(node.refusal, "")
+        if script == reboot.BOOT:
+            boot: tuple[str, str] | None = ("old", "running")
+            if node.told:
+                boot = node.boots.pop(0) if len(node.boots) > 1 else node.boots[0]
+            if boot is None:
+                raise session.NodeFailed("cannot connect")
+            return session.Output("\n".join([f"{node.name} {boot[0]}", boot[1]]), "")
+        return session.Output(HEALTHY.format(node.units), "")
+
+    def each(what: Callable[[Any], Any], chosen: Sequence[Any] = hosts) -> dict[str, Any]:
+        return {host.name: what(host) for host in chosen}
+
+    @contextmanager
+    def reach(_: Cluster) -> Iterator[SimpleNamespace]:
+        yield SimpleNamespace(cluster=cluster, nodes=hosts, each=each)
+
+    def lacks(_: Any, host: Any) -> frozenset[str]:
+        looks = stage.lacking.get(host.name, [set()])
+        return frozenset(looks.pop(0) if len(looks) > 1 else looks[0])
+
+    def sleep(seconds: float) -> None:
+        stage.now += seconds
+
+    # Not the module itself: importing it patches this process's threads for gevent.
+    monkeypatch.setitem(sys.modules, "deploy.reach", SimpleNamespace(reach=reach))
+    monkeypatch.setattr(registry, "declared", lambda: cluster)
+    monkeypatch.setattr(session, "run", run)
+    monkeypatch.setattr(session, "new_login", lambda host: None)
+    monkeypatch.setattr(reboot, "lacks", lacks)
+    monkeypatch.setattr(reboot, "report_of", lambda *_: stage.report)
+    clock = SimpleNamespace(sleep=sleep, monotonic=lambda: stage.now)
+    monkeypatch.setattr(reboot, "time", clock)
+    return stage
+
+
+def outcome(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any]]:
+    code = cli.main(["reboot", "--json", *arguments])
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return code, found
+
+
+def states(found: dict[str, Any]) -> dict[str, str]:
+    return {each["node"]: each["state"] for each in found["nodes"]}
+
+
+def test_all_restart_one_after_the_other_the_head_last(
+    stage: Stage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, found = outcome(capsys, "--all")
+    assert code == 0 and found["verdict"] == "ok"
+    assert stage.ordered == ["one", "two", "main"]
+    assert states(found) == {"one": "back", "two": "back", "main": "back"}
+
+
+def test_a_node_counts_as_booted_when_its_boot_is_new_and_over(
+    stage: Stage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage.nodes["one"].boots = [
+        *(("old", "stopping"), None, ("new", "starting"), ("new", "degraded"))
+    ]
+    assert outcome(capsys, "one")[1]["nodes"][0]["seconds"] == 3 * reboot.POLL_SECONDS
+
+
+def test_one_that_does_not_come_back_is_named_in_time_and_the_rest_stays_untouched(
+    stage: Stage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage.nodes["two"].boots = [None]
+    code, found = outcome(capsys, "--all", "--wait", "60")
+    assert code == 2 and found["verdict"] == "unreadable"
+    assert states(found) == {"one": "back", "two": "lost", "main": "untouched"}
+    assert stage.ordered == ["one", "two"] and 60 <= stage.now < 70
+    assert found["nodes"][1]["reason"] == "after 60 s still: cannot connect"
+
+
+@pytest.mark.parametrize("more", [[], ["--at-once"]])
+def test_one_that_comes_back_without_what_it_had_stops_the_rolling_only(
+    stage: Stage, capsys: pytest.CaptureFixture[str], more: list[str]
+) -> None:
+    stage.lacking["one"] = [{"time: offset"}, {"driver: not-loaded", "time: offset"}]
+    code, found = outcome(capsys, "--all", *more)
+    assert code == 1 and found["verdict"] == "drift"
+    assert found["nodes"][0]["reason"] == "it lacks driver: not-loaded"
+    assert stage.ordered == (["one", "two", "main"] if more else ["one"])
+
+
+def test_what_was_wrong_before_is_not_waited_for(
+    stage: Stage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage.lacking["one"] = [{"time: offset"}]
+    wrong = Wrong("one", "time", "offset", "1", "2", "fix")
+    stage.report = Report(findings=[wrong])
+    code, found = outcome(capsys, "one")
+    assert code == 1 and states(found) == {"one": "back"} and stage.now == 0
+
+
+def test_systemd_that_does_not_obey_is_told_at_once(
+    stage: Stage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage.nodes["one"].refusal = "Failed to start reboot.target: masked"
+    code, found = outcome(capsys, "one")
+    assert code == 2 and stage.now == 0
+    assert found["nodes"][0]["reason"].endswith("Failed to start reboot.target: masked")
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert cli.main(["reboot", *arguments]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.endswith("; nothing was rebooted\n")
+    return said.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "no node is named"),
+        (["tow"], "declares no node 'tow': did you mean two?"),
+        (["--all", "one"], "contradict each other"),
+        (["one", "--wait", "0"], "--wait 0"),
+    ],
+)
+def test_a_wrong_command_is_one_sentence(
+    stage: Stage, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    assert words in refusal(capsys, *arguments)
+    assert stage.ordered == []
+
+
+def test_a_silent_node_and_this_machine_itself_are_refused_before_the_first_reboot(
+    stage: Stage, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage.nodes["two"].silent = True
+    assert "two: cannot connect" in refusal(capsys, "--all")
+    stage.nodes["two"].silent = False
+    own = subprocess.run(["sh", "-c", "echo two old"], capture_output=True, text=True)
+    monkeypatch.setattr(reboot, "subprocess", SimpleNamespace(run=lambda *_, **__: own))
+    assert "two is the machine that this runs on" in refusal(capsys, "--all")
+    assert stage.ordered == []
+
+
+def test_a_job_is_never_cut_off(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:
+    stage.nodes["two"].units = UNIT
+    assert "job long runs on two: add --drain" in refusal(capsys, "--all")
+    assert stage.ordered == []
+    assert cli.main(["reboot", "one"]) == 0, "it does not run there"
+
+
+def test_a_job_that_does_not_end_keeps_every_node_up(
+    stage: Stage, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage.nodes["two"].units = UNIT
+    monkeypatch.setattr(jobs_cli, "named", lambda name, _: jobs_cli.Named(name, f"/runs/{name}"))
+    monkeypatch.setattr(jobs_cli, "look", lambda *_: jobs_cli.Seen({}, {}))
+    monkeypatch.setattr(jobs_cli, "end", lambda *_: "two: no answer within 420 s")
+    assert "job long does not end: two: no answer" in refusal(capsys, "--all", "--drain")
+    monkeypatch.setattr(jobs_cli, "planned", lambda _: ["one", "two"])
+    monkeypatch.setattr(jobs_cli, "look", lambda *_: jobs_cli.Seen({}, {"one": "cannot connect"}))
+    assert "because one is silent: lockstep stop long" in refusal(capsys, "--all", "--drain")
+    assert stage.ordered == []
+
+
+def test_the_boot_is_read_with_any_shell(tmp_path: Path) -> None:
+    for shell in ("dash", "bash"):
+        done = subprocess.run([shell, "-c", reboot.BOOT], capture_output=True, text=True)
+        boot, began = done.stdout.split("\n")[0].split(" ")
+        assert len(boot) == 36 and began.isdigit(), shell
