@@ -127,15 +127,16 @@ def _bundle(target: Target[PackagesSpec], state: PackagesState) -> Finding | Non
         return None
     folder = target.cluster.at_hand(target.spec.bundle)
     files = bundled(target, state)
-    if not files:
+    index = INDEX[state.manager]
+    if index not in files:
+        has = f"those for {', '.join(systems(folder)) or 'no system'}"
         return Finding(
             "package-bundle",
             f"packages for {state.system} in the bundle {folder}",
-            f"it has those for {', '.join(systems(folder)) or 'no system'}",
+            f"its manifest does not name their {index}" if files else f"it has {has}",
             "run 'lockstep bundle' again where the nodes' sources can be reached",
             repairable=False,
         )
-    index = INDEX[state.manager]
     count = sum("/" not in name and name != index for name in files)
     if state.index == files[index].sha256 and state.files >= count:
         return None

@@ -88,6 +88,13 @@ def test_a_system_that_the_bundle_lacks_is_for_the_user(tmp_path: Path) -> None:
     assert not finding.repairable and "debian-12-x86_64, rocky-9-x86_64" in finding.seen
 
 
+def test_a_manifest_that_lost_the_index_is_told_in_a_sentence(tmp_path: Path) -> None:
+    one = bundle(tmp_path, [name for name in FILES if not name.endswith("/Packages")])
+    (finding,) = role.drift(one, THERE, {})
+    assert finding.seen == "its manifest does not name their Packages"
+    assert not finding.repairable and "run 'lockstep bundle' again" in finding.fix
+
+
 def test_minor_releases_of_rhels_family_share_a_folder_and_those_of_others_do_not() -> None:
     assert system_of("rocky", "9.3", "x86_64") == "rocky-9-x86_64"
     assert system_of("ubuntu", "22.04", "aarch64") == "ubuntu-22.04-aarch64"
