@@ -73,16 +73,18 @@ def default_path(environ: Mapping[str, str], root: Path) -> Path:
 def load(
     path: Path | None,
     sections: Mapping[str, SectionModel | tuple[type[Spec], Spec | None]],
+    secrets: bool = True,
 ) -> Cluster:
     """The cluster that the file declares.
 
     path: None means ``default_path`` from the current directory.
     sections: key in the file to the model of what stands there; ``ssh`` may be among them.
+    secrets: the files of keys and passwords must be on this machine.
     Raises FileProblem, SyntaxProblem, or SchemaProblem with every problem found.
     """
     marked = read_mapping(default_path(os.environ, Path.cwd()) if path is None else path)
     models = {key: SectionModel(*section) for key, section in sections.items()}
-    return _Check(marked, models).cluster()
+    return _Check(marked, models, secrets).cluster()
 
 
 def validated(adapter: TypeAdapter[T], marked: Marked, place: Place) -> T:
@@ -97,9 +99,10 @@ def validated(adapter: TypeAdapter[T], marked: Marked, place: Place) -> T:
 class _Check:
     """One pass over a cluster file; problems gather until nothing more can be judged."""
 
-    def __init__(self, marked: Marked, models: Mapping[str, SectionModel]) -> None:
+    def __init__(self, marked: Marked, models: Mapping[str, SectionModel], secrets: bool) -> None:
         self._marked = marked
         self._models = models
+        self._secrets = secrets
         self._folder = marked.path.absolute().parent
         self._problems: list[Problem] = []
 
@@ -219,7 +222,8 @@ class _Check:
                 mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
                 start = file.read(MOST_KEY_BYTES)
         except FileNotFoundError:
-            self._refuse(place, f"there is no file {path}")
+            if self._secrets:
+                self._refuse(place, f"there is no file {path}")
             return None
         except OSError as error:
             self._refuse(place, f"{path} cannot be read: {(error.strerror or str(error)).lower()}")

@@ -164,6 +164,7 @@ class Run:
         for finding in findings:
             session.say(node, f"{role.name}: {finding}")
         others = self.looks.others(role, node)
+        brought = False
         for step in role.converge(target, self.looks.state(role, node), others, findings):
             self.looks.forget(node)  # before the step: it may fail half way
             if isinstance(step, Meet):
@@ -171,6 +172,10 @@ class Run:
             else:
                 yield FunctionCommand(_carry_out, (step,), {})
             self.looks.forget(node)  # and after it: a peer may have looked meanwhile
+            brought = brought or isinstance(step, Download)
+        if brought:  # what the nodes are asked may follow from what came here
+            for name in self.cluster.nodes:
+                self.looks.forget(node.state.inventory.get_host(name))
         if role.proof and not role.crossing:
             self.looks.forget(node)
             yield FunctionCommand(_prove, (role.name, role.proof(target)), {})

@@ -58,9 +58,12 @@ ROLES: tuple[AnyRole, ...] = (
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def read(path: Path) -> Cluster:
-    """The cluster file, with every role's section checked. Raises InventoryProblem."""
-    return load(path, {role.key: (role.spec, role.default) for role in ROLES})
+def read(path: Path, secrets: bool = True) -> Cluster:
+    """The cluster file, with every role's section checked. Raises InventoryProblem.
+
+    secrets: the files of keys and passwords must be on this machine.
+    """
+    return load(path, {role.key: (role.spec, role.default) for role in ROLES}, secrets)
 
 
 @cache

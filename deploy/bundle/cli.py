@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from deploy.bundle import debs, rpms, wanted, wheels
@@ -16,7 +16,7 @@ from inventory.settings import state_directory
 from roles.editables.source import SourceProblem, source_of
 from roles.environment import sources as environments
 from roles.environment.archive import ArchiveProblem
-from roles.environment.spec import Environments
+from roles.environment.spec import Declared, Environments
 from roles.packages.managers import Manager
 from roles.packages.sources import apt_line, key_name, rpm_section
 from roles.packages.spec import PackagesSpec
@@ -46,7 +46,8 @@ def _handle(arguments: argparse.Namespace) -> int:
         print(line, flush=True)
 
     try:
-        bundle(registry.read(arguments.cluster), arguments.output.absolute(), arguments.ask, say)
+        cluster = registry.read(arguments.cluster, secrets=arguments.ask)
+        bundle(cluster, arguments.output.absolute(), arguments.ask, say)
     except BundleError as error:
         print(f"lockstep: {error}", file=sys.stderr)
         return 2
@@ -74,20 +75,9 @@ def bundle(cluster: Cluster, folder: Path, ask_only: bool, say: Callable[[str], 
     archives = {}
     section = cluster.section("environments", Environments)
     for one in section.each() if section else []:
-        try:
-            archive = environments.described(cluster, one)
-            source = environments.archive_of(cluster, one)
-            editable = {name: source_of(cluster, one, name).parcel for name in one.spec.editable}
-        except (ArchiveProblem, SourceProblem) as problem:
-            raise BundleError(f"environment {one.name}: {problem}") from None
-        archives[one.name] = f"environments/{one.name}.{archive.ending}"
-        copied = "copied" if store.copy(source, archives[one.name]) else "there already"
         machines = [system.machine for system in systems]
-        fresh = wheels.gather(store, cluster, one, archive.python, machines)
-        for name, parcel in editable.items():
-            store.copy(parcel.source, packed_source(one.name, name))
-        packed = f"; sources of {', '.join(editable)}" if editable else ""
-        say(f"environment {one.name}: {copied}; {fresh} wheels of its pins fetched{packed}")
+        if archive := _environment(store, cluster, one, machines, say):
+            archives[one.name] = archive
     if cluster.job is not None:
         store.copy(cluster.job, "job.yaml")
     values = read_mapping(cluster.path).values
@@ -116,6 +106,41 @@ def _wanted(
     for system in found.systems:
         say(f"{system.folder}: {', '.join(system.nodes)} want {', '.join(system.packages)}")
     return found
+
+
+def _environment(
+    store: Store,
+    cluster: Cluster,
+    one: Declared,
+    machines: Sequence[str],
+    say: Callable[[str], None],
+) -> str | None:
+    """Have the archive, the wheels and the sources of an environment; the archive's place in the bundle.
+
+    None where it stays on the nodes' shared storage; nothing may be known of it here.
+    """
+    name, python, copied = None, "", "stays where it is, on the shared storage"
+    try:
+        editable = {each: source_of(cluster, one, each).parcel for each in one.spec.editable}
+        try:
+            archive = environments.described(cluster, one)
+        except environments.Unread:
+            if one.spec.pins and one.spec.wheels is None:
+                raise
+        else:
+            python = archive.python
+            if not environments.on_shared(cluster, one):
+                name = f"environments/{one.name}.{archive.ending}"
+                source = environments.archive_of(cluster, one)
+                copied = "copied" if store.copy(source, name) else "there already"
+    except (ArchiveProblem, SourceProblem) as problem:
+        raise BundleError(f"environment {one.name}: {problem}") from None
+    fresh = wheels.gather(store, cluster, one, python, machines)
+    for each, parcel in editable.items():
+        store.copy(parcel.source, packed_source(one.name, each))
+    packed = f"; sources of {', '.join(editable)}" if editable else ""
+    say(f"environment {one.name}: {copied}; {fresh} wheels of its pins fetched{packed}")
+    return name
 
 
 def _sources(cluster: Cluster, manager: Manager, keys: Path) -> list[str]:

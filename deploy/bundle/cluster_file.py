@@ -20,7 +20,7 @@ HEADER = (
 def rewritten(path: Path, values: Mapping[str, Any], files: Mapping[str, str], job: bool) -> str:
     """The text. path, values: the user's file as it was read, and what it says.
 
-    files: the archive in the bundle of each environment. job: the job file lies beside as ``job.yaml``.
+    files: the archive in the bundle of each environment, but of those that lie on the shared storage. job: the job file lies beside as ``job.yaml``.
     """
     declared = copy.deepcopy(dict(values))
     folder = path.absolute().parent
@@ -30,11 +30,13 @@ def rewritten(path: Path, values: Mapping[str, Any], files: Mapping[str, str], j
     packages.pop("local", None)
     packages.pop("sources", None)
     declared["packages"] = packages
-    for name, archive in files.items():
-        one = declared["environments"][name]
-        for key in ("directory", "requirements", "python", "conda", "wheels", "index"):
+    for name, one in _environments(declared):
+        for key in ("wheels", "index"):
             one.pop(key, None)
-        one["archive"] = archive
+        if name in files:
+            for key in ("directory", "requirements", "python", "conda"):
+                one.pop(key, None)
+            one["archive"] = files[name]
         if one.get("pins"):
             one["wheels"] = f"wheels/{name}"
         if one.get("editable"):
@@ -53,6 +55,11 @@ def packed_source(environment: str, distribution: str) -> str:
 
 def _nodes(declared: Mapping[str, Any]) -> list[Any]:
     return list(declared["nodes"].values())
+
+
+def _environments(declared: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    section = declared.get("environments") or {}
+    return [(name, one) for name, one in section.items() if name != "manage"]
 
 
 def _own_paths(ssh: Any, folder: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
@@ -12,11 +12,15 @@ from deploy.bundle.store import BundleError, digest
 from deploy.lab.files import write_whole
 from inventory.base import Strict
 from inventory.cluster import Cluster
+from inventory.errors import InventoryProblem
 from roles import system as system_role
 from roles.core import session
 from roles.core.look import target_of
 from roles.core.role import Unreadable
 from roles.packages.bundle import system_of
+
+if TYPE_CHECKING:
+    from deploy.reach import Reached
 
 FILE = "wanted.json"
 
@@ -51,36 +55,43 @@ def ask(cluster: Cluster) -> Wanted:
     """What each node's roles may install. Raises BundleError for a node that does not answer."""
     from deploy.reach import reach  # first of all it makes paramiko wait in gevent's way
 
-    with reach(cluster) as reached:
-        looks = reached.run.looks
+    try:
+        with reach(cluster) as reached:
+            return _ask(cluster, reached)
+    except InventoryProblem as problem:  # a password file that is not on this machine
+        raise BundleError(str(problem)) from None
 
-        def look(node: Any) -> System | str:
-            try:
-                about = looks.state(system_role.role, node)
-                names = [
-                    name
-                    for role in looks.roles
-                    if role.installs is not None
-                    and (target := target_of(role, cluster, node.name)) is not None
-                    and target.spec.manage == "managed"
-                    for name in role.installs(target, looks.state(role, node))
-                ]
-            except (Unreadable, session.NodeFailed) as error:
-                return str(error)
-            if about.manager not in ("apt", "rpm"):
-                return "it has neither dpkg nor rpm"
-            if not names:
-                return "no section installs packages there: each is unmanaged or only checked"
-            return System(
-                id=about.id,
-                release=about.release,
-                machine=about.machine,
-                manager=about.manager,
-                nodes=[node.name],
-                packages=[*dict.fromkeys(names)],
-            )
 
-        found = reached.each(look)
+def _ask(cluster: Cluster, reached: Reached) -> Wanted:
+    looks = reached.run.looks
+
+    def look(node: Any) -> System | str:
+        try:
+            about = looks.state(system_role.role, node)
+            names = [
+                name
+                for role in looks.roles
+                if role.installs is not None
+                and (target := target_of(role, cluster, node.name)) is not None
+                and target.spec.manage == "managed"
+                for name in role.installs(target, looks.state(role, node))
+            ]
+        except (Unreadable, session.NodeFailed) as error:
+            return str(error)
+        if about.manager not in ("apt", "rpm"):
+            return "it has neither dpkg nor rpm"
+        if not names:
+            return "no section installs packages there: each is unmanaged or only checked"
+        return System(
+            id=about.id,
+            release=about.release,
+            machine=about.machine,
+            manager=about.manager,
+            nodes=[node.name],
+            packages=[*dict.fromkeys(names)],
+        )
+
+    found = reached.each(look)
     systems: dict[str, System] = {}
     for name, one in found.items():
         if isinstance(one, str):

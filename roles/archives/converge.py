@@ -1,4 +1,4 @@
-"""Copies an archive to the shared storage, or to the nodes from one to the next."""
+"""Copies an archive to the shared storage, or to the nodes from one to the next; what lies there is read."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from roles.archives.drift import missing
 from roles.archives.probe import ArchivesState, taker
+from roles.archives.taking import take
 from roles.core import relay
 from roles.core.role import Finding, Peers, Target
 from roles.core.steps import Shell, Step
@@ -16,8 +17,14 @@ from roles.environment.spec import Environments
 def converge(
     target: Target[Environments], state: ArchivesState, peers: Peers, findings: Sequence[Finding]
 ) -> Iterator[Step]:
-    """One upload an archive: by the head to the shared storage, or by each node to itself."""
+    """One upload an archive: by the head to the shared storage, or by each node to itself. The head alone
+    takes what lies on the shared storage."""
     if state.stale_keys:
         yield Shell(relay.sweep(target.node.ssh.user, taker(target)))
-    for _, parcel in list(missing(target, state, peers)):
-        yield from deliver(parcel, target, state.parcels, peers)
+    for each in list(missing(target, state, peers)):
+        if not each.finding.repairable:
+            continue
+        if each.parcel:
+            yield from deliver(each.parcel, target, state.parcels, peers)
+        elif each.place and target.is_head:
+            yield from take(target, each.one, each.place, state.sources[each.one.name])

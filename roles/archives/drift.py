@@ -1,8 +1,12 @@
-"""Which archives some node needs: those that the shared storage lacks, or that this node itself lacks."""
+"""Which archives some node needs: those that the shared storage lacks, or that this node itself lacks.
+
+A source on the shared storage that the control machine cannot see is read first.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 from roles.archives.probe import ArchivesState
 from roles.core.role import Finding, Peers, Target
@@ -10,19 +14,41 @@ from roles.environment.archive import Archive
 from roles.environment.fit import misfit
 from roles.environment.parcel import Parcel
 from roles.environment.probe import archive_of, parcel_of
+from roles.environment.sources import last_read, on_shared
 from roles.environment.spec import Declared, Environments
+
+
+@dataclass(frozen=True)
+class Missing:
+    """An archive that must travel or be read. place: its source's on the shared storage, where only nodes see it.
+
+    parcel: what travels from here; None where the head takes it from its place.
+    """
+
+    finding: Finding
+    one: Declared
+    place: str | None
+    parcel: Parcel | None
 
 
 def drift(target: Target[Environments], state: ArchivesState, peers: Peers) -> list[Finding]:
     """Findings about the shared storage are the head's; it asks the others only when an archive is not there."""
-    return [*(finding for finding, _ in missing(target, state, peers)), *_keys(state)]
+    return [*(each.finding for each in missing(target, state, peers)), *_keys(state)]
 
 
-def missing(
-    target: Target[Environments], state: ArchivesState, peers: Peers
-) -> Iterator[tuple[Finding, Parcel]]:
-    """Each archive that must travel, with what is wrong."""
+def first(target: Target[Environments], state: ArchivesState, peers: Peers) -> str | None:
+    """The head, while it has to read what decides what the other nodes are asked."""
+    unread = (_unread(target, state, one) for one in target.spec.each())
+    return target.cluster.head.name if not target.is_head and any(unread) else None
+
+
+def missing(target: Target[Environments], state: ArchivesState, peers: Peers) -> Iterator[Missing]:
+    """Each archive that must travel or be read, with what is wrong."""
     for one in target.spec.each():
+        place = on_shared(target.cluster, one)
+        if unread := _unread(target, state, one):
+            yield Missing(unread, one, place, None)
+            continue
         archive = archive_of(target.cluster, one)
         if archive is None:  # the environment role says why
             continue
@@ -36,7 +62,7 @@ def missing(
                     "not there",
                     "it is sent to one node, and each passes it on to the next",
                 )
-                yield finding, parcel
+                yield Missing(finding, one, place, parcel)
         elif target.is_head and shared not in state.parcels:
             states = {target.node.name: state}
             states.update(
@@ -44,13 +70,38 @@ def missing(
             )
             needing = [node for node, found in states.items() if _needs(found, one, archive)]
             if needing:
+                gone = place is not None and one.name not in state.sources
                 finding = Finding(
                     "archive-unpublished",
                     f"the archive of {one.name} on the shared storage, for {', '.join(needing)}",
-                    "not there",
-                    "it is copied there once",
+                    f"not there, and {place} is gone" if gone else "not there",
+                    f"put {place} there again" if gone else "it is copied there once",
+                    repairable=not gone,
                 )
-                yield finding, parcel
+                yield Missing(finding, one, place, None if place else parcel)
+
+
+def _unread(target: Target[Environments], state: ArchivesState, one: Declared) -> Finding | None:
+    """A source on the shared storage that must be read: it never was, or the head sees another by now."""
+    place = on_shared(target.cluster, one)
+    if place is None:
+        return None
+    known, identity = last_read(target.cluster, place), state.sources.get(one.name)
+    want = f"{place} on the shared storage read, for {one.name}"
+    if target.is_head and identity is None and known is None:
+        kind = "archive" if one.spec.archive is not None else "directory"
+        return Finding(
+            "archive-unread",
+            want,
+            f"there is no such {kind}, neither on {target.node.name} nor on this machine",
+            f"put it there, or correct environments.{one.name}",
+            repairable=False,
+        )
+    changed = identity is not None and known is not None and known[0] != identity
+    if known is None or changed:
+        seen = "changed since it was read" if changed else "not read yet"
+        return Finding("archive-unread", want, seen, "it is read once, by way of the head")
+    return None
 
 
 def _needs(state: ArchivesState, one: Declared, archive: Archive) -> bool:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from roles.archives import taking
 from roles.core import relay
 from roles.core.role import Target, Unreadable, whole
 from roles.core.steps import quote
@@ -20,18 +21,23 @@ class ArchivesState:
     """unpacked: environment to the SHA-256s of the archives of its whole trees, at the prefix and beside it.
 
     parcels: places that hold an archive. node: what it offers to run them. stale_keys: names of one-time keys whose transfer is over.
+    sources: environment to the identity of its source on the shared storage, as the head sees it.
     """
 
     unpacked: Mapping[str, frozenset[str]]
     parcels: frozenset[str]
     node: Offer
     stale_keys: frozenset[str] = frozenset()
+    sources: Mapping[str, str] = field(default_factory=dict)
 
 
 def probe(target: Target[Environments]) -> str:
-    """What the node offers, then ``stamp NAME JSON``, ``parcel PATH`` and ``key NAME``; ``end`` is the last."""
+    """What the node offers, then ``source NAME IDENTITY``, ``stamp NAME JSON``, ``parcel PATH`` and ``key NAME``;
+    ``end`` is the last."""
     parts, parcels = [], []
     for one in target.spec.each():
+        if target.is_head:
+            parts.append(taking.probe(target.cluster, one))
         archive = archive_of(target.cluster, one)
         if archive:
             parcels.append(parcel_of(target.cluster, one, archive))
@@ -56,6 +62,7 @@ def parse(text: str) -> ArchivesState:
     unpacked: dict[str, set[str]] = {}
     parcels: set[str] = set()
     keys: set[str] = set()
+    sources: dict[str, str] = {}
     node, rest = offer(text)
     for line in rest.split("\n"):
         word, _, value = line.partition(" ")
@@ -64,9 +71,12 @@ def parse(text: str) -> ArchivesState:
         elif word == "stamp":
             name, _, stamp = value.partition(" ")
             unpacked.setdefault(name, set()).add(str(stamp_values(stamp).get("archive", "")))
+        elif word == "source":
+            name, identity = value.split(" ")
+            sources[name] = identity
         elif word == "key" and value.startswith(relay.MARK):
             keys.add(value)
         elif line:
             raise Unreadable(f"unexpected line {line!r}")
     whole_trees = {name: frozenset(found) for name, found in unpacked.items()}
-    return ArchivesState(whole_trees, frozenset(parcels), node, frozenset(keys))
+    return ArchivesState(whole_trees, frozenset(parcels), node, frozenset(keys), sources)

@@ -100,7 +100,7 @@ def progress(step: Upload, at: int, first: int, seconds: float) -> str:
 def upload(node: Host, step: Upload, chain: Chain) -> None:
     """Carry out an Upload. Raises NodeFailed; the destination then is what it was."""
     if not step.source.is_file():
-        raise session.NodeFailed(f"{step.source} is not on this machine any more")
+        raise session.NodeFailed(f"{step.source} is not on this machine")
     member = chain.join(node)
     try:
         for attempt in range(ATTEMPTS):  # after damage it comes from where it is right

@@ -88,7 +88,11 @@ def download(node: Host, step: Download) -> None:
         step.destination.parent.mkdir(parents=True, exist_ok=True)
         if not node.get_file(step.source, str(part), _sudo=False, _timeout=step.seconds):
             raise session.NodeFailed(f"{step.source} could not be copied to this machine")
-        if hashlib.sha256(part.read_bytes()).hexdigest() != told.partition(" ")[0]:
+        digest = hashlib.sha256()
+        with part.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+        if digest.hexdigest() != told.partition(" ")[0]:
             raise session.NodeFailed(f"{step.source} arrived damaged: converge again")
         part.replace(step.destination)
     except (OSError, EOFError, SSHException) as error:

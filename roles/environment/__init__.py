@@ -30,7 +30,7 @@ role: Role[Environments, EnvironmentState] = Role(
     converge=converge,
     proof=proof,
     deep=deep,
-    needs=("packages", "storage"),
+    needs=("packages", "storage", "archives"),
     facts=[
         _fact("Python of the environment", "python"),
         _fact("torch", "torch"),

@@ -11,6 +11,7 @@ import os
 import tarfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -82,20 +83,19 @@ def describe(path: Path, called: str = "") -> Archive:
     A file that is gone but was read before is described from memory: nodes that already have its
     environment need no archive.
     """
-    memory = state_directory() / "archives.json"
     with _lock:
         try:
             status = path.stat()
         except FileNotFoundError:
-            if record := _remembered(memory).get(str(path)):
-                return _archive(record)
+            if known := recalled(str(path)):
+                return known[1]
             raise ArchiveProblem(f"there is no archive {path} on this machine") from None
         except OSError as error:
             raise ArchiveProblem(f"{path} cannot be read: {error.strerror}") from None
         identity = (path, status.st_size, status.st_mtime_ns)
         if identity not in _known:
             try:
-                _known[identity] = _recalled(memory, identity, called)
+                _known[identity] = _at_hand(identity, called)
             except ArchiveProblem as problem:
                 _known[identity] = problem
         answer = _known[identity]
@@ -104,26 +104,54 @@ def describe(path: Path, called: str = "") -> Archive:
     return answer
 
 
-def _recalled(memory: Path, identity: Identity, called: str) -> Archive:
+def _at_hand(identity: Identity, called: str) -> Archive:
     """From the memory, or else read now and remembered. Raises ArchiveProblem."""
     path, *rest = identity
-    known = _remembered(memory)
-    record = known.get(str(path))
-    if record and record["identity"] == rest:
-        return _archive(record)
+    known = recalled(str(path))
+    if known and known[0] == rest:
+        return known[1]
     found = read(path, called)
-    known[str(path)] = {"identity": rest, **asdict(found)}
-    fresh = memory.with_name(f"archives.json.{os.getpid()}")
+    remember(str(path), rest, found)
+    return found
+
+
+def recalled(name: str) -> tuple[object, Archive] | None:
+    """(identity, what is in it) of an archive as it was last read; None where it never was.
+
+    name: its path, or what else it was remembered by.
+    """
+    record = _remembered(_memory()).get(name)
+    return (record["identity"], _archive(record)) if record else None
+
+
+def remember(name: str, identity: object, archive: Archive) -> None:
+    """Keep what was read, for this run and later ones. Raises ArchiveProblem where that cannot be written."""
+    memory = _memory()
+    known = {**_remembered(memory), name: {"identity": identity, **asdict(archive)}}
+    fresh = memory.with_name(f"{memory.name}.{os.getpid()}")
     try:
         memory.parent.mkdir(parents=True, exist_ok=True)
         fresh.write_text(json.dumps(known, indent=1))
         fresh.replace(memory)
     except OSError as error:
         raise ArchiveProblem(f"{memory} cannot be written: {error.strerror}") from None
-    return found
 
 
-def _remembered(memory: Path) -> dict[str, Any]:
+def _memory() -> Path:
+    return state_directory() / "archives.json"
+
+
+def _remembered(memory: Path) -> Mapping[str, Any]:
+    try:
+        status = memory.stat()
+    except OSError:
+        return {}
+    return _parsed(memory, status.st_ino, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=1)
+def _parsed(memory: Path, inode: int, mtime_ns: int) -> Mapping[str, Any]:
+    """The file as it is since that time: every role and node asks."""
     try:
         known = json.loads(memory.read_text())
     except (OSError, ValueError):
@@ -138,7 +166,7 @@ def _remembered(memory: Path) -> dict[str, Any]:
     }
 
 
-def _archive(record: dict[str, Any]) -> Archive:
+def _archive(record: Mapping[str, Any]) -> Archive:
     values = {key: value for key, value in record.items() if key != "identity"}
     lists = {name: tuple(values[name]) for name in ("distributions", "strays", "unclear")}
     return Archive(**{**values, **lists, "needs": Needs(**values["needs"])})

@@ -13,7 +13,7 @@ from roles.environment import mend, prove
 from roles.environment.archive import Archive, ArchiveProblem
 from roles.environment.fit import misfit
 from roles.environment.probe import BIN_ON_PATH, EnvironmentState, Seen, stamp_values
-from roles.environment.sources import described
+from roles.environment.sources import Unread, described
 from roles.environment.spec import Declared, Environments, of_metadata
 
 
@@ -67,6 +67,8 @@ def _pairs(target: Target[Environments], state: EnvironmentState, one: Declared)
     seen = state.environments.get(one.name, Seen())
     try:
         archive = described(target.cluster, one)
+    except Unread:  # the archives' own role says so
+        return
     except ArchiveProblem as error:
         yield (
             Action.NONE,

@@ -1,6 +1,7 @@
 """Where an environment's archive comes from: it is declared, or made here from a directory or a list of packages.
 
 What is made lies in the state directory, named by what it was made from, and is made again only when that changes.
+What lies on the shared storage, and cannot be seen from here, the role ``archives`` has read by way of the head.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import tarfile
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO
 
 from gevent.lock import RLock
@@ -28,8 +29,9 @@ from virtualenv.seed.wheels.embed import get_embed_wheel
 from inventory.cluster import Cluster
 from inventory.errors import InventoryProblem
 from inventory.settings import load_settings, state_directory
-from roles.environment.archive import Archive, ArchiveProblem, describe
+from roles.environment.archive import Archive, ArchiveProblem, describe, recalled, remember
 from roles.environment.spec import Declared
+from roles.storage.spec import shared_path
 
 RECIPE = 1
 """Counts changes of this module that change what is made."""
@@ -57,8 +59,39 @@ _answers: dict[tuple[Path, Path], Path | ArchiveProblem] = {}
 """What was found once in a run of a source and its place here: every role and node asks."""
 
 
+class Unread(ArchiveProblem):
+    """The source lies on the shared storage, and nobody has read it yet."""
+
+
+def on_shared(cluster: Cluster, one: Declared) -> str | None:
+    """Where the archive or the directory lies for the nodes, if it is on their shared storage and not here."""
+    shared = shared_path(cluster)
+    if shared is None or (one.spec.archive is None and one.spec.directory is None):
+        return None
+    source = cluster.at_hand(one.spec.source)
+    below = PurePosixPath(source).is_relative_to(shared)
+    return str(source) if below and not source.exists() else None
+
+
+def last_read(cluster: Cluster, place: str) -> tuple[object, Archive] | None:
+    """(identity that the head saw, what is in it) of a source on the shared storage."""
+    return recalled(f"{cluster.name}:{place}")
+
+
+def note_read(cluster: Cluster, place: str, identity: str, archive: Archive) -> None:
+    """Keep what is in a source on the shared storage. Raises ArchiveProblem."""
+    remember(f"{cluster.name}:{place}", identity, archive)
+
+
 def described(cluster: Cluster, one: Declared) -> Archive:
-    """What the environment's archive holds. Raises ArchiveProblem."""
+    """What the environment's archive holds. Raises ArchiveProblem; Unread where that is only a matter of time."""
+    if place := on_shared(cluster, one):
+        known = last_read(cluster, place)
+        if known is None:
+            raise Unread(
+                f"{place} on the shared storage was not read yet: converge its cluster once"
+            )
+        return known[1]
     path, source = archive_of(cluster, one), cluster.at_hand(one.spec.source)
     try:
         return describe(path, str(source))
@@ -70,11 +103,14 @@ def described(cluster: Cluster, one: Declared) -> Archive:
 
 
 def archive_of(cluster: Cluster, one: Declared) -> Path:
-    """The environment's archive on this machine; made now where it must be. Raises ArchiveProblem."""
+    """The environment's archive on this machine; made now where it must be. Raises ArchiveProblem.
+
+    Of a source on the shared storage it is the path there.
+    """
     source = cluster.at_hand(one.spec.source)
-    if one.spec.archive is not None:
+    if one.spec.archive is not None or on_shared(cluster, one):
         return source
-    folder = state_directory() / "environments" / cluster.name / one.name
+    folder = folder_of(cluster, one)
     with _lock:
         if (source, folder) not in _answers:
             try:
@@ -85,6 +121,11 @@ def archive_of(cluster: Cluster, one: Declared) -> Path:
     if isinstance(answer, ArchiveProblem):
         raise answer
     return answer
+
+
+def folder_of(cluster: Cluster, one: Declared) -> Path:
+    """Where this machine keeps what it makes for the environment."""
+    return state_directory() / "environments" / cluster.name / one.name
 
 
 def _from(source: Path, cluster: Cluster, one: Declared, folder: Path) -> Path:

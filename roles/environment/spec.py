@@ -97,7 +97,8 @@ DistributionName = Annotated[str, _matching(DISTRIBUTION, "name of a distributio
 class Environment(Strict):
     """One environment, the same on every node.
 
-    One of these says what it is unpacked from, each a path on the control machine:
+    One of these says what it is unpacked from, each a path on the control machine; an archive or a directory
+    may lie on the shared storage instead, where the control machine need not see it:
     archive: tar of a venv or conda environment (plain, gz, bz2, xz or zst).
     directory: such an environment itself; it is packed when its files change.
     requirements: pip's list of exact versions with hashes; a venv is built of it, of ``wheels`` or from ``index``.

@@ -5,6 +5,8 @@ Two bare nodes of these tests' own; in this order, each test goes on from what t
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -108,4 +110,52 @@ def test_a_disk_without_room_is_named_on_its_node_and_the_other_goes_on(site: Si
     finally:
         site.shell("node2", "umount /small")
     site.converge()
+    assert site.verify()["verdict"] == "ok"
+
+
+def test_an_archive_on_the_shared_storage_is_read_by_way_of_the_head_and_not_sent(
+    site: Site,
+) -> None:
+    """The control machine sees nothing at /shared: the nodes do."""
+    storage, published = STATE / "shared", STATE / "shared/.lockstep/archives"
+    declare(site, archive="/shared/own.tar", prefix="/opt/own")
+    assert "there is no such archive, neither on node1 nor on this machine" in refused(site)
+    pack(storage / "own.tar", CONDA)
+    (storage / "own.tar").write_bytes((storage / "own.tar").read_bytes()[:2000])
+    assert "/shared/own.tar is damaged or cut short" in refused(site)
+    assert not [path for path in published.iterdir() if path.name.endswith(".taken")]
+
+    venv = site.directory / "venv"
+    subprocess.run(["tar", "-cf", str(storage / "own.tar"), "-C", str(venv), "."], check=True)
+    dry = site.pyinfra("deploy/cluster.py", "--dry")
+    assert dry.returncode == 0 and "archive-unread" in dry.stderr, dry.stderr[-4000:]
+    assert {found["id"] for found in site.verify()["findings"]} == {"archive-unread"}
+    site.converge()
+    assert site.verify()["verdict"] == "ok"
+    assert site.converge()["totals"]["success"] == 0
+    digest = hashlib.sha256((storage / "own.tar").read_bytes()).hexdigest()
+    assert (published / f"{digest}.tar").samefile(storage / "own.tar")
+    assert not list((site.directory / "state").rglob("taken*"))
+
+    (published / f"{digest}.tar").unlink()
+    site.shell("node2", "rm -r /opt/own")
+    site.converge()
+    assert site.verify()["verdict"] == "ok"
+
+
+def test_a_directory_on_the_shared_storage_is_packed_by_the_head_again_when_it_changes(
+    site: Site,
+) -> None:
+    venv = STATE / "shared/venv"
+    shutil.copytree(site.directory / "venv", venv, symlinks=True)
+    declare(site, directory="/shared/venv", prefix="/opt/packed")
+    site.converge()
+    assert site.verify()["verdict"] == "ok"
+    (venv / "bin/__pycache__").mkdir()
+    assert site.converge()["totals"]["success"] == 0
+    (venv / "bin/hello").write_text("#!/shared/venv/bin/python\nprint('hello')\n")
+    (venv / "bin/hello").chmod(0o755)
+    site.converge()
+    for node in site.nodes:
+        assert site.shell(node, "/opt/packed/bin/hello") == "hello\n"
     assert site.verify()["verdict"] == "ok"

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from deploy.bundle.store import BundleError, Store, digest
 from deploy.bundle.tools import reason
 from deploy.bundle.wanted import System, Wanted
 from inventory.cluster import Cluster
+from inventory.errors import InventoryProblem
 from roles import registry
 from roles.editables.source import source_of
 from roles.environment import sources
@@ -185,6 +189,58 @@ def test_where_the_nodes_cannot_be_reached_what_they_said_before_counts_for_that
     cluster.path.write_text(f"{CLUSTER}time: {{}}\n")
     with pytest.raises(BundleError, match="changed since its nodes were asked"):
         cli.bundle(cluster, folder, False, said.append)
+
+
+def test_the_machine_that_gathers_needs_neither_the_nodes_keys_nor_their_passwords(
+    tmp_path: Path,
+) -> None:
+    file, folder = tmp_path / "cluster.yaml", tmp_path / "bundle"
+    head = CLUSTER.partition("storage:")[0].replace("user: root,", "user: root, key: no-key,", 1)
+    file.write_text(head)
+    with pytest.raises(InventoryProblem, match=r"there is no file \S*/no-key"):
+        registry.read(file)
+    assert registry.read(file, secrets=False).ssh.key == tmp_path / "no-key"
+    # A process of its own: looking at nodes makes all of Python wait in gevent's way.
+    command = [sys.executable, "-m", "deploy.cli", "bundle", str(file), "-o", str(folder)]
+    environ = {**os.environ, "LOCKSTEP_STATE": str(tmp_path / "state")}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert (
+        "ops.password" in done.stderr
+        and f"run this with --ask, and carry {folder} here" in done.stderr
+    )
+
+
+def test_what_lies_on_the_shared_storage_is_not_in_the_bundle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCKSTEP_STATE", str(tmp_path / "state"))
+    head = CLUSTER.partition("environments:")[0]
+    entry = "environments: {main: {archive: /data/main.tar, pins: {six: '1.16.0'}, %s}}\n"
+    cluster_in(tmp_path)
+    (tmp_path / "wheels").mkdir()
+    (tmp_path / "wheels/six-1.16.0-py3-none-any.whl").write_text("six")
+    monkeypatch.setattr(debs, "gather", lambda *given: (0, 0, 0))
+    said: list[str] = []
+    for source in ("wheels: wheels", 'index: "https://pypi.example/simple"'):
+        file = tmp_path / "shared.yaml"
+        file.write_text(head + entry % source)
+        cluster, folder = registry.read(file), tmp_path / "bundle"
+        answer = Wanted(cluster=digest(file), systems=[DEBIAN])
+        monkeypatch.setattr(wanted, "ask", lambda cluster, answer=answer: answer)
+        if "index" in source:  # which of its wheels fits is not known
+            with pytest.raises(
+                BundleError, match="environment main: /data/main.tar .* not read yet"
+            ):
+                cli.bundle(cluster, folder, False, said.append)
+        else:
+            cli.bundle(cluster, folder, False, said.append)
+            assert (
+                "environment main: stays where it is, on the shared storage; 1 wheels" in said[-2]
+            )
+            declared = yaml.safe_load((folder / "cluster.yaml").read_text())
+            assert declared["environments"]["main"]["archive"] == "/data/main.tar"
+            assert (folder / "wheels/main/six-1.16.0-py3-none-any.whl").exists()
 
 
 def test_the_file_of_the_bundle_uses_what_it_holds_and_finds_what_it_does_not(

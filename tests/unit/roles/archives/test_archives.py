@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import pytest
 
 from inventory.base import Spec
 from inventory.cluster import Cluster, Node
+from roles.archives import taking
 from roles.archives.converge import converge
-from roles.archives.drift import drift
+from roles.archives.drift import drift, first
 from roles.archives.probe import ArchivesState, parse, probe
 from roles.core.role import Target, Unreadable
-from roles.core.steps import Shell, Upload
+from roles.core.steps import Download, Shell, Upload
+from roles.environment import archive
 from roles.environment.archive import Archive, ArchiveProblem
 from roles.environment.fit import Needs, Offer
 from roles.environment.spec import Environments
 from roles.storage.spec import StorageSpec
+from tests.unit.roles.environment.made import CONDA, pack
 
 ARCHIVE = Archive("ab" * 32, 5000, "tar.zst", "", "3.11", "bin/python3", None)
 PLACE = f"/shared/.lockstep/archives/{ARCHIVE.file_name}"
@@ -147,3 +154,148 @@ def test_what_the_probe_prints_is_read() -> None:
 def test_garbage_is_unreadable(text: str) -> None:
     with pytest.raises(Unreadable):
         parse(text)
+
+
+# --- sources on the shared storage, which only the nodes see ---
+
+UNSEEN = "/shared/nowhere/llm.tar"
+
+
+@pytest.fixture
+def unseen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The control machine's state directory, in which nothing was read yet."""
+    monkeypatch.setenv("LOCKSTEP_STATE", str(tmp_path / "state"))
+    return tmp_path
+
+
+def of_shared(name: str = "node1", kind: str = "archive", **entry: Any) -> Target[Environments]:
+    declared = target(name)
+    section = Environments.model_validate({"llm": {kind: UNSEEN, **entry}})
+    return replace(
+        declared,
+        cluster=replace(
+            declared.cluster, sections={**declared.cluster.sections, "environments": section}
+        ),
+        spec=section,
+    )
+
+
+def seen(identity: str | None, *parcels: str) -> ArchivesState:
+    return ArchivesState(
+        {}, frozenset(parcels), NODE, sources={"llm": identity} if identity else {}
+    )
+
+
+def test_what_nobody_read_is_read_by_the_head_while_the_others_wait(unseen: Path) -> None:
+    (finding,) = drift(of_shared(), seen("1-2-3"), {})
+    assert (finding.id, finding.seen, finding.repairable) == (
+        "archive-unread",
+        "not read yet",
+        True,
+    )
+    (others,) = drift(of_shared("node2"), seen(None), {"node1": seen("1-2-3")})
+    assert others == finding
+    assert list(converge(of_shared("node2"), seen(None), {}, [others])) == []
+    assert first(of_shared("node2"), seen(None), {}) == "node1"
+    assert first(of_shared("node1"), seen("1-2-3"), {}) is None
+    (lost,) = drift(of_shared(), seen(None), {})
+    assert not lost.repairable and "no such archive, neither on node1 nor" in lost.seen
+
+
+def test_the_head_publishes_it_and_it_is_read_here_and_leaves_no_copy(unseen: Path) -> None:
+    steps = converge(of_shared(), seen("1-2-3"), {}, drift(of_shared(), seen("1-2-3"), {}))
+    publish = next(steps)
+    taken = "/shared/.lockstep/archives/.lab.llm.taken"
+    assert isinstance(publish, Shell) and f"S={UNSEEN} T={taken}" in publish.command
+    brought = next(steps)
+    assert isinstance(brought, Download) and brought.source == taken
+    brought.destination.parent.mkdir(parents=True)
+    pack(brought.destination, CONDA)
+    digest = hashlib.sha256(brought.destination.read_bytes()).hexdigest()
+    place = f"/shared/.lockstep/archives/{digest}.tar"
+    assert list(steps) == [Shell(f"mv -f {taken} {place}")]
+    assert not brought.destination.exists()
+
+    assert drift(of_shared(), seen("1-2-3", place), {}) == []
+    assert first(of_shared("node2"), seen(None), {}) is None
+    for way in ("nodes", "shared"):  # every node reads it there, whatever is declared
+        assert f"for p in {place} " in probe(of_shared("node2", distribute=way))
+    (changed,) = drift(of_shared(), seen("9-9-9", place), {})
+    assert (changed.id, changed.seen) == ("archive-unread", "changed since it was read")
+    (again,) = drift(of_shared(), seen("1-2-3"), {})
+    assert again.id == "archive-unpublished"
+    assert next(converge(of_shared(), seen("1-2-3"), {}, [again])) == publish
+    (gone,) = drift(of_shared(), seen(None), {})
+    assert gone.id == "archive-unpublished" and not gone.repairable and UNSEEN in gone.fix
+
+
+def test_one_that_is_refused_is_not_published(unseen: Path) -> None:
+    steps = converge(of_shared(), seen("1-2-3"), {}, drift(of_shared(), seen("1-2-3"), {}))
+    next(steps)
+    brought = next(steps)
+    assert isinstance(brought, Download)
+    brought.destination.parent.mkdir(parents=True)
+    brought.destination.write_text("no archive")
+    (end,) = steps
+    assert isinstance(end, Shell) and end.command.endswith("exit 1")
+    assert f"{UNSEEN} is no tar archive of an environment" in end.command
+    assert not brought.destination.exists()
+
+
+def identity(place: Path, kind: str) -> str:
+    """What the head's probe prints of a source that lies there."""
+    text = probe(of_shared(kind=kind)).replace(UNSEEN, quote(str(place)))
+    printed = subprocess.run(["dash", "-e"], input=text, capture_output=True, text=True, check=True)
+    (found,) = (line for line in printed.stdout.splitlines() if line.startswith("source "))
+    return parse(f"machine x\nglibc 2.36\n{found}\nend").sources["llm"]
+
+
+def test_a_directory_is_another_one_when_a_file_of_it_changes_and_not_with_its_caches(
+    unseen: Path,
+) -> None:
+    place = unseen / "an env"
+    (place / "lib").mkdir(parents=True)
+    (place / "lib/x.py").write_text("x = 1\n")
+    (place / "bin").symlink_to("lib")
+    before = identity(place, "directory")
+    (place / "lib/__pycache__").mkdir()
+    (place / "lib/__pycache__/x.pyc").touch()
+    assert identity(place, "directory") == before
+    (place / "lib/x.py").write_text("x = 10\n")
+    changed = identity(place, "directory")
+    assert changed != before
+    (place / "bin").unlink()
+    (place / "bin").symlink_to("lib/.")
+    assert identity(place, "directory") != changed
+
+
+def test_a_directory_is_packed_whole_and_without_its_caches(unseen: Path) -> None:
+    place, taken = unseen / "an env", unseen / "depot/.taken"
+    for name, content in CONDA:
+        path = place / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, str) and content.startswith("-> "):
+            path.symlink_to(content[3:])
+        else:
+            path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    (place / "lib/__pycache__").mkdir()
+    command = ["dash", "-e", "-c", taking._pack(str(place), str(taken))]
+    subprocess.run(command, check=True)
+    found = archive.read(taken)
+    assert found.python == "3.10" and not (taken.parent / ".taken.failed").exists()
+    assert found.entries == sum(1 for _ in place.rglob("*")) - 1
+    shutil.rmtree(place / "lib")
+    (place / "lib").symlink_to("/nowhere")
+    place.rename(unseen / "gone")
+    failed = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert failed.returncode != 0 and not taken.exists()
+
+
+def test_an_archive_is_published_without_its_bytes_twice(unseen: Path) -> None:
+    (unseen / "own.tar").write_text("bytes")
+    (unseen / "link.tar").symlink_to("own.tar")
+    taken = unseen / "depot/.taken"
+    subprocess.run(
+        ["dash", "-e", "-c", taking._link(str(unseen / "link.tar"), str(taken))], check=True
+    )
+    assert taken.samefile(unseen / "own.tar") and not taken.is_symlink()

@@ -124,7 +124,7 @@ def test_a_step_that_is_not_relayed_always_comes_from_the_control_machine(
 
 def test_a_source_that_is_gone_is_one_sentence(transfers: Transfers) -> None:
     transfers.step.source.unlink()
-    with pytest.raises(session.NodeFailed, match="is not on this machine any more"):
+    with pytest.raises(session.NodeFailed, match="is not on this machine"):
         transfers.upload(1)
 
 
