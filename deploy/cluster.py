@@ -9,6 +9,7 @@ from roles import (
     driver,
     editables,
     environment,
+    exports,
     fabric,
     hosts,
     job,
@@ -37,6 +38,7 @@ converge(fabric.role)
 converge(network.role)
 converge(time.role)
 converge(limits.role)
+converge(exports.role)
 converge(storage.role)
 converge(pdsh.role)
 converge(archives.role)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from roles.core import fstab
 from roles.core.role import Finding, Peers, Target
 from roles.core.steps import NewLogin, Shell, Step, quote, write_file
 from roles.limits.drift import fstab_line, own_lines
@@ -60,20 +61,6 @@ def add_pam_line(service: str) -> str:
     return f"test -e {kept} || cp -p {path} {kept}\nprintf '\\n# lockstep\\n%s\\n' {quote(PAM_LINE)} >> {path}"
 
 
-def write_fstab(line: str) -> str:
-    """Shell that puts this line for /dev/shm in the place of those in /etc/fstab, or at its end."""
-    return (
-        "umask 022; test -e /etc/fstab || : > /etc/fstab\n"
-        "test -e /etc/fstab.before-lockstep || cp -p /etc/fstab /etc/fstab.before-lockstep\n"
-        "cp -p /etc/fstab /etc/fstab.lockstep-new\n"
-        f"LOCKSTEP_LINE={quote(line)} awk '\n"
-        '$0 !~ /^[ \\t]*#/ && $2 == "/dev/shm" { if (!done++) print ENVIRON["LOCKSTEP_LINE"]; next }\n'
-        "{ print }\n"
-        'END { if (!done) print ENVIRON["LOCKSTEP_LINE"] }\' /etc/fstab > /etc/fstab.lockstep-new\n'
-        "mv -f /etc/fstab.lockstep-new /etc/fstab"
-    )
-
-
 def converge(
     target: Target[LimitsSpec], state: LimitsState, peers: Peers, findings: Sequence[Finding]
 ) -> Iterator[Step]:
@@ -97,7 +84,7 @@ def converge(
         yield keep
     line = fstab_line(spec, state)
     if "shm-fstab" in ids and line is not None:
-        yield Shell(write_fstab(line))
+        yield Shell(fstab.put(line))
     if "shm-nccl" in ids and spec.shm is not None:
         size = f"size={size_bytes(spec.shm, state.memory) // 1024}k"
         if state.shm.mounted:

@@ -1,7 +1,8 @@
-"""storage: one directory that every node sees under the same path, and the proof that it is one."""
+"""storage: one directory that every node sees under the same path, mounted where that is declared, and the
+proof that it is one."""
 
 from roles.core.role import Fact, Role
-from roles.storage.converge import converge
+from roles.storage.converge import client_packages, converge
 from roles.storage.drift import drift
 from roles.storage.probe import StorageState, parse, probe
 from roles.storage.proof import proof
@@ -17,6 +18,9 @@ role: Role[StorageSpec, StorageState] = Role(
     parse=parse,
     drift=drift,
     converge=converge,
+    installs=lambda target, state: client_packages(state) if target.spec.kind == "nfs" else [],
+    needs=("packages", "exports"),
+    seconds=20,
     facts=(Fact("shared storage", "equal", lambda state: state.mark.id if state.mark else None),),
     head_first=True,
     proof=proof,

@@ -1,14 +1,30 @@
-"""Writes the marks by which the nodes know that they share one directory; never mounts or formats anything."""
+"""Mounts the declared storage, and writes the marks by which the nodes know that they share one directory.
+
+Nothing is formatted, and no step changes owner or mode of what a mount holds, but of Lockstep's own folders.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from roles.core import fstab
 from roles.core.role import Finding, Peers, Target
 from roles.core.steps import Shell, Step, quote
-from roles.storage.drift import strays
+from roles.packages.converge import installing
+from roles.packages.names import translated
+from roles.packages.spec import PackagesSpec
+from roles.storage.drift import lines_left, strays
+from roles.storage.mount import Wanted, wanted
 from roles.storage.probe import TOKEN_FILE, StorageState
 from roles.storage.spec import StorageSpec
+
+MOUNTING = {
+    *("nfs-client-missing", "nfs-fstab", "nfs-mount-wrong", "nfs-mount-options"),
+    *("nfs-server-silent", "nfs-stale-handle"),
+}
+"""Findings after whose repair the mount is tried."""
+
+UNMOUNT_SECONDS = 60
 
 RANDOM = "od -An -N16 -tx1 /dev/urandom | tr -d ' \\n'"
 SEEN_SECONDS = 15
@@ -20,6 +36,18 @@ def converge(
 ) -> Iterator[Step]:
     """The head's mark first, then each node's token. No step writes where the mount is gone."""
     ids = {found.id for found in findings}
+    if "nfs-client-missing" in ids:
+        packages = target.cluster.section("packages", PackagesSpec) or PackagesSpec()
+        yield installing(packages, state.manager, client_packages(state))
+    for line in lines_left(target, state) if "storage-left" in ids else ():
+        yield Shell(f"{unmount(line.point)}{fstab.drop(line.point)}\nsystemctl daemon-reload")
+    mount = wanted(target)
+    if mount is not None and ids & MOUNTING:
+        if "nfs-fstab" in ids:
+            yield Shell(f"{fstab.put(mount.line)}\nsystemctl daemon-reload")
+        if ids & {"nfs-mount-wrong", "nfs-mount-options", "nfs-stale-handle"} and state.live:
+            yield Shell(unmount(mount.point), seconds=UNMOUNT_SECONDS)
+        yield Shell(attempt(target, mount), seconds=target.spec.timeout + UNMOUNT_SECONDS)
     enter = _enter(target, state)
     if "storage-mark" in ids:
         yield Shell(
@@ -37,6 +65,65 @@ def converge(
         yield Shell(f"{enter}rm -f -- {' '.join(left)}")
     if "storage-modes" in ids:
         yield Shell(f"{enter}chmod go-w {' '.join(quote(path) for path in state.open)}")
+
+
+def client_packages(state: StorageState) -> list[str]:
+    """What mounts NFS, by the names of the node's family."""
+    return list(translated(state.manager, "nfs-common"))
+
+
+_THERE = (
+    'there() { awk -v point="$point" \'$5 == point { for (i = 7; $i != "-"; i++); kind = $(i + 1) } '
+    "END { print kind }' /proc/self/mountinfo; }\n"
+)
+"""Shell: ``there`` prints the kind of what is mounted last at $point, nothing where nothing is; no touch."""
+
+
+def unmount(point: str) -> str:
+    """Shell that takes a mount and systemd's automount off a directory, also where the server is gone.
+
+    One in use stays, and is told; only a handle or a server that is dead is let go of at once (``-l``), which
+    the bounded touch before decides: nothing could be written there any more.
+    """
+    return (
+        f"point={quote(point)}\n{_THERE}"
+        'case $(there) in ""|autofs) ;; *)\n'
+        '  lazily=-l; if timeout -s KILL 5 ls "$point/." >/dev/null 2>&1; then lazily=; fi\n'
+        '  timeout -s KILL 20 umount $lazily "$point" ;;\n'
+        "esac\n"
+        'unit=$(systemd-escape -p --suffix=automount "$point")\n'
+        'if systemctl is-active -q "$unit"; then systemctl stop "$unit"; fi\n'
+        'case $(there) in "") ;; *) echo "$point is still mounted" >&2; exit 1 ;; esac\n'
+    )
+
+
+def attempt(target: Target[StorageSpec], mount: Wanted) -> str:
+    """Shell that mounts what /etc/fstab says, within the declared time, or fails with the server's reason."""
+    seconds = target.spec.timeout
+    silent = (
+        f"{mount.source} is not mounted at {mount.point}: no answer within {seconds} s; see that the "
+        "server is up, and that TCP port 2049 there is open for this node"
+    )
+    refused = f"{mount.source} cannot be mounted at {mount.point}:"
+    start = "automount" if mount.kind == "nfs" else "mount"
+    return (
+        f"point={quote(mount.point)}\n{_THERE}"
+        'mount=$(systemd-escape -p --suffix=mount "$point")\n'
+        f'start=$(systemd-escape -p --suffix={start} "$point")\n'
+        "since=$(date +%s)\n"
+        'if test -z "$(there)"; then\n'
+        '  mkdir -p "$point"\n'
+        '  systemctl reset-failed "$mount" "$start" 2>/dev/null || :\n'
+        '  systemctl start "$start"\n'
+        "fi\n"
+        f'timeout -s KILL {seconds + 5} ls "$point/." >/dev/null 2>&1 || :\n'
+        'case $(there) in ""|autofs)\n'
+        '  said=$(journalctl -q -u "$mount" --since "@$since" -o cat 2>/dev/null | grep "^mount" | tail -n 1) || :\n'
+        f'  case $said in "") echo {quote(silent)} >&2 ;; *) echo {quote(refused)} "${{said#*: }}" >&2 ;; esac\n'
+        "  exit 1 ;;\n"
+        "esac\n"
+        f'timeout -s KILL 5 ls "$point/." >/dev/null 2>&1 || {{ echo {quote(silent)} >&2; exit 1; }}'
+    )
 
 
 def _enter(target: Target[StorageSpec], state: StorageState) -> str:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from roles.core.role import Finding, Peers, Target
-from roles.storage.probe import Mark, StorageState
-from roles.storage.spec import StorageSpec
+from roles.storage.mount import OWN, Wanted, wanted
+from roles.storage.probe import TOUCH_SECONDS, Line, Mark, Mount, StorageState
+from roles.storage.spec import StorageSpec, server_node
 
 LEAST_INODES = 1000
+NFS = ("nfs", "nfs4")
 ON_DISK = frozenset(
     [
         "bcachefs",
@@ -44,14 +46,147 @@ def is_plain(state: StorageState) -> bool:
 
 def drift(target: Target[StorageSpec], state: StorageState, peers: Peers) -> list[Finding]:
     """Findings: what makes the path unusable; if nothing does, whether it is the head's directory."""
-    unusable = list(_unusable(target, state))
+    left = list(_left(target, state))
+    unusable = list(_mounting(target, state)) or list(_unusable(target, state))
     if unusable:
-        return unusable
-    full = list(_full(target, state))
+        return [*left, *unusable]
+    full = [*left, *_full(target, state)]
     different = list(_different(target, state, peers))
     if any(not found.repairable for found in different):
         return [*full, *different]
     return [*full, *different, *_marks(target, state, peers)]
+
+
+def lines_left(target: Target[StorageSpec], state: StorageState) -> list[Line]:
+    """Lockstep's own lines of /etc/fstab for what is no longer declared."""
+    mount = wanted(target)
+    points = [mount.point] if mount else []
+    return [line for line in state.fstab if is_own(line) and line.point not in points]
+
+
+def is_own(line: Line) -> bool:
+    """Lockstep wrote it."""
+    return OWN in line.text.split(" ")[3].split(",")
+
+
+def _left(target: Target[StorageSpec], state: StorageState) -> Iterator[Finding]:
+    for line in lines_left(target, state):
+        yield Finding(
+            "storage-left",
+            "no mounts of Lockstep's but the declared one",
+            f"{line.source} at {line.point}",
+            "it is unmounted, and its line is taken out of /etc/fstab",
+            disturbs=True,
+        )
+
+
+def _mounting(target: Target[StorageSpec], state: StorageState) -> Iterator[Finding]:
+    """What keeps a mount that Lockstep makes from being there, for this boot and the next."""
+    mount = wanted(target)
+    if mount is None:
+        return
+    there = [each for each in state.live if each.kind != "autofs"]
+    if foreign := _foreign(mount, state, there):
+        yield Finding(
+            "storage-two-volumes",
+            f"{mount.source} alone at {mount.point}",
+            foreign,
+            f"take the other one off {mount.point}, and its line out of /etc/fstab, or declare another path",
+            repairable=False,
+        )
+        return
+    if not state.live and state.entry:
+        yield Finding(
+            "storage-hides",
+            f"an empty directory at {mount.point}, to mount {mount.source} upon",
+            f"{state.entry} in it, which the mount would hide",
+            f"move what is in {mount.point} away (to the shared storage, where it belongs there), or declare "
+            "another path",
+            repairable=False,
+        )
+        return
+    if mount.kind == "nfs" and not state.client:
+        yield Finding(
+            "nfs-client-missing", "what mounts NFS, installed", "not installed", "it is installed"
+        )
+    if [line.text for line in state.fstab if line.point == mount.point] != [mount.line]:
+        yield Finding(
+            "nfs-fstab",
+            f"the line {mount.line!r} in /etc/fstab",
+            "another one" if any(line.point == mount.point for line in state.fstab) else "none",
+            "it is written",
+        )
+    yield from _mounted(target, mount, state, there[-1] if there else None)
+
+
+def _foreign(mount: Wanted, state: StorageState, there: Sequence[Mount]) -> str:
+    """What else than the declared volume claims its place, in words; a mount of NFS gives way to another."""
+    claims = [line for line in state.fstab if line.point == mount.point and not is_own(line)]
+    for line in claims:
+        if line.kind not in NFS:
+            return f"{line.source} too, by /etc/fstab"
+    if len(claims) > 1:
+        return f"{' and '.join(line.source for line in claims)} too, by /etc/fstab"
+    if len(there) > 1:
+        return f"{len(there)} mounts over one another: {', '.join(each.source for each in there)}"
+    if there and there[0].kind not in NFS and mount.kind == "nfs":
+        return f"{there[0].source} ({there[0].kind}) is mounted there"
+    if there and mount.kind != "nfs" and not state.same:
+        return f"{there[0].source} ({there[0].kind}) is mounted there"
+    return ""
+
+
+def _mounted(
+    target: Target[StorageSpec], mount: Wanted, state: StorageState, there: Mount | None
+) -> Iterator[Finding]:
+    want = f"{mount.source} mounted at {mount.point}"
+    again = "it is unmounted, and mounted again"
+    if there is not None and mount.kind == "nfs" and there.source != mount.source:
+        yield Finding(
+            "nfs-mount-wrong", want, f"{there.source} is mounted there", again, disturbs=True
+        )
+    elif state.access == "stale":
+        yield Finding(
+            "nfs-stale-handle",
+            f"{mount.point} can be entered",
+            "stale file handle",
+            again,
+            disturbs=True,
+        )
+    elif state.access == "silent":
+        yield Finding(
+            "nfs-server-silent",
+            f"an answer of {mount.source} at {mount.point}",
+            f"none within {TOUCH_SECONDS} s",
+            f"it is tried again for {target.spec.timeout} s",
+        )
+    elif there is None:
+        seen = {"failed": state.failure, "absent": "no such directory"}.get(
+            state.access, "nothing is mounted there"
+        )
+        yield Finding("nfs-mount-wrong", want, seen, "it is mounted")
+    elif mount.kind == "nfs" and (seen := _otherwise(target.spec, there)):
+        yield Finding(
+            "nfs-mount-options",
+            f"{mount.point} mounted with {mount.options[0]},hard",
+            seen,
+            again,
+            disturbs=True,
+        )
+
+
+def _otherwise(spec: StorageSpec, there: Mount) -> str:
+    """Of the options that the kernel shows, those that must be as declared and are not.
+
+    What systemd and mount read themselves never reaches that table, and a server may lower sizes.
+    """
+    words = [
+        word for word in there.options if word.startswith("vers=") or word in ("soft", "softerr")
+    ]
+    wrong = [
+        word for word in words if word not in (f"vers={spec.version}", f"vers={spec.version}.0")
+    ]
+    return ",".join(dict.fromkeys(wrong))
 
 
 def _unusable(target: Target[StorageSpec], state: StorageState) -> Iterator[Finding]:
@@ -74,7 +209,18 @@ def _unusable(target: Target[StorageSpec], state: StorageState) -> Iterator[Find
             repairable=False,
         )
         return
+    if state.access in ("silent", "failed"):
+        yield Finding(
+            "nfs-server-silent",
+            f"an answer at {path}",
+            state.failure or f"none within {TOUCH_SECONDS} s",
+            f"see that the server of {path} runs and that this node reaches it",
+            repairable=False,
+        )
+        return
     plain = is_plain(state)
+    node = server_node(target.spec, target.cluster)
+    serves = node is not None and node.name == target.node.name
     if plain and len(target.cluster.nodes) > 1 and not state.exported:
         yield Finding(
             "nfs-mount-wrong",
@@ -85,7 +231,8 @@ def _unusable(target: Target[StorageSpec], state: StorageState) -> Iterator[Find
             repairable=False,
         )
         return
-    if plain and state.mark is None and state.token is not None:
+    lost = state.mark is None and state.token is not None
+    if lost and (plain or (serves and not state.tokens)):
         yield Finding(
             "storage-lost",
             f"what Lockstep once wrote to {path}",
@@ -107,7 +254,9 @@ def _unusable(target: Target[StorageSpec], state: StorageState) -> Iterator[Find
             "nfs-root-squash",
             f"root can write to {path}",
             "permission denied",
-            "export it with no_root_squash, or give the directory to the user that root is mapped to",
+            "export it with no_root_squash, or give the directory to the user that root is mapped to"
+            if node is None
+            else f"say root_squash: false, or give {path} and what is in it on {node.name} to nobody",
             repairable=False,
         )
 

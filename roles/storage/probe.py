@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Literal, cast
 
 from roles.core.role import Target, Unreadable, whole
 from roles.core.steps import quote
+from roles.packages.managers import Manager
+from roles.storage.mount import OWN, wanted
 from roles.storage.spec import StorageSpec
 
 TOKEN_FILE = "/var/lib/lockstep/storage-token"
@@ -16,7 +18,10 @@ TOKEN_FILE = "/var/lib/lockstep/storage-token"
 
 TOKEN = re.compile(r"[0-9a-f]{16,64}")
 
-Access = Literal["yes", "absent", "stale"]
+TOUCH_SECONDS = 8
+"""How long a look waits for a path that may be a mount of a server that is gone."""
+
+Access = Literal["yes", "absent", "stale", "silent", "failed"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,16 @@ class Mount:
     kind: str
     source: str
     options: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of /etc/fstab, its words as they are, parted by one space."""
+
+    source: str
+    point: str
+    kind: str
+    text: str
 
 
 @dataclass(frozen=True)
@@ -43,22 +58,35 @@ class Mark:
 
 @dataclass(frozen=True)
 class StorageState:
-    """access: "absent" when the directory is not there, "stale" when its file handle is dead.
+    """access: "absent" when the directory is not there, "stale" when its file handle is dead, "silent"
+    when it gave no answer in time, "failed" for another error, which failure tells.
 
+    client: what mounts NFS is installed.
+    fstab: lines for the path, and Lockstep's own for other paths. live: what is mounted exactly at the
+    path, the latest last; the point of systemd's automount is among it, with the kind autofs.
     real: the path without symbolic links.
     exported: this node's NFS server gives the directory to others. writable: root may write there.
     free, inodes: what is left, in MiB and in number; inodes is None where there is no limit.
+    same: the path is the directory of this node that is to be bound there; None where none is.
+    entry: one name in the directory; "" where it is empty, or where nothing is to be mounted.
     open: Lockstep's directories there that group or others may write.
     token: this node's own, from its own disk. tokens: node name to the tokens seen on the storage.
     """
 
     access: Access
+    failure: str = ""
+    manager: Manager = "apt"
+    client: bool = False
+    fstab: tuple[Line, ...] = ()
+    live: tuple[Mount, ...] = ()
     real: str = ""
     mount: Mount | None = None
     exported: bool = False
     writable: bool = False
     free: int = 0
     inodes: int | None = None
+    same: bool | None = None
+    entry: str = ""
     mark: Mark | None = None
     open: tuple[str, ...] = ()
     token: str | None = None
@@ -67,19 +95,14 @@ class StorageState:
 
 # Directories are listed, not files opened: listing a directory makes an NFS client ask its server
 # again, so that what another node wrote a moment ago is seen. The token is part of the file's name.
-SCRIPT = r"""
-LC_ALL=C; export LC_ALL
-token=
-if test -e "$own"; then read -r token <"$own" || test -n "$token" || :; fi
-echo "token $token"
+_TOUCH = r"""
 if ! cd "$path" 2>/dev/null; then
   said=$(ls -d "$path/." 2>&1) && { echo "cannot enter $path" >&2; exit 1; }
   case $said in
     *'No such file'*|*'Not a directory'*) echo 'access absent' ;;
     *'tale file handle'*) echo 'access stale' ;;
-    *) echo "$said" >&2; exit 1 ;;
+    *) echo "access failed ${said##*: }" ;;
   esac
-  echo end
   exit 0
 fi
 echo 'access yes'
@@ -106,8 +129,9 @@ if test -r /var/lib/nfs/etab; then
   done </var/lib/nfs/etab
 fi
 echo "exported $exported"
-if test -w .; then echo 'writable yes'; else echo 'writable no'; fi
 stat -f -c 'space %S %a %c %d' . || exit 1
+if test -n "$bound"; then if test . -ef "$bound"; then echo 'same yes'; else echo 'same no'; fi; fi
+if test -n "$mounted"; then ls -A | { if read -r name; then echo "entry $name"; fi; }; fi
 set -- .[l]ockstep .lockstep/[n]odes .lockstep/nodes/* ".lockstep/nodes/$cluster"/*
 if test -d .lockstep; then
   id=
@@ -117,17 +141,61 @@ if test -d .lockstep; then
   for word in .lockstep/nodes ".lockstep/nodes/$cluster"; do if test -d "$word"; then set -- "$@" "$word"; fi; done
   stat -c 'mode %a %n' -- "$@" || exit 1
   if test -n "$id"; then stat -c "mark $id %i %Z" .lockstep/id || exit 1; fi
-fi
+else set --; fi
+writable=yes
+if test -d runs; then set -- "$@" runs; fi
+for word in . "$@"; do test -w "$word" || writable=no; done
+echo "writable $writable"
+"""
+"""What touches the path, and so may wait for a server that is gone; a kill ends also that."""
+
+# The kernel's table is read last: touching the path may have mounted it.
+SCRIPT = rf"""
+LC_ALL=C; export LC_ALL path cluster bound mounted
+token=
+if test -e "$own"; then read -r token <"$own" || test -n "$token" || :; fi
+echo "token $token"
+if command -v dpkg-query >/dev/null; then echo 'manager apt'; else echo 'manager rpm'; fi
+if test -x /sbin/mount.nfs; then echo 'client yes'; else echo 'client no'; fi
+seen=$(timeout -s KILL {TOUCH_SECONDS} sh -s <<'TOUCH'
+{_TOUCH.strip()}
+TOUCH
+)
+code=$?
+case $code in
+  0) printf '%s\n' "$seen" ;;
+  124|137) echo 'access silent' ;;
+  *) exit $code ;;
+esac
+test -r "$fstab" || fstab=/dev/null
+awk '
+FILENAME == "/proc/self/mountinfo" {{
+  if ($5 != ENVIRON["path"]) next
+  for (i = 7; i <= NF && $i != "-"; i++);
+  print "live " $5 " " $(i + 1) " " $(i + 2) " " $(i + 3); next
+}}
+$1 ~ /^#/ || NF < 4 {{ next }}
+$2 == ENVIRON["path"] || index("," $4 ",", ",{OWN},") {{ print "fstab " $1 " " $2 " " $3 " " $4 " " $5 + 0 " " $6 + 0 }}
+' "$fstab" /proc/self/mountinfo || exit 1
 echo end
 """
 
 
 def probe(target: Target[StorageSpec]) -> str:
-    """One awk and two or three stats; enters the path first, so that an automount happens."""
+    """Two awks and two or three stats; enters the path, so that an automount happens, in bounded time."""
+    mount = wanted(target)
+    bound = mount.source if mount and mount.kind == "none" else ""
     return (
-        f"path={quote(target.spec.path)} own={quote(TOKEN_FILE)} cluster={quote(target.cluster.name)}"
+        f"path={quote(target.spec.path)} own={quote(TOKEN_FILE)} cluster={quote(target.cluster.name)}\n"
+        f"fstab=/etc/fstab bound={quote(bound)} mounted={'yes' if mount else ''}"
         f"{SCRIPT}"
     )
+
+
+_SINGLE = {
+    *("token", "manager", "client", "access", "real", "mount", "exported", "writable", "space"),
+    *("same", "entry", "mark"),
+}
 
 
 @whole
@@ -136,6 +204,8 @@ def parse(text: str) -> StorageState:
     single: dict[str, str] = {}
     opened: list[str] = []
     tokens: dict[str, list[str]] = {}
+    fstab: list[Line] = []
+    live: list[Mount] = []
     for line in text.split("\n"):
         kind, _, rest = line.partition(" ")
         if kind == "seen":
@@ -147,25 +217,44 @@ def parse(text: str) -> StorageState:
             bits, path = rest.split(" ", 1)
             if int(bits, 8) & 0o022:
                 opened.append(path)
-        elif kind in ("token", "access", "real", "mount", "exported", "writable", "space", "mark"):
+        elif kind == "fstab":
+            source, point, of, _, _, _ = rest.split(" ")
+            fstab.append(Line(source, point, of, rest))
+        elif kind == "live":
+            live.append(_mount(rest))
+        elif kind in _SINGLE:
             single[kind] = rest
         else:
             raise Unreadable(f"{line[:60]!r} is not understood")
-    own = single["token"] if TOKEN.fullmatch(single["token"]) else None
-    if single["access"] in ("absent", "stale"):
-        return StorageState("stale" if single["access"] == "stale" else "absent", token=own)
+    access, _, failure = single["access"].partition(" ")
+    if access not in ("yes", "absent", "stale", "silent", "failed"):
+        raise Unreadable(f"an access cannot be {access!r}")
+    if single["manager"] not in ("apt", "rpm") or single["client"] not in ("yes", "no"):
+        raise Unreadable("a package manager or a client is not told")
+    known = StorageState(
+        access=cast(Access, access),
+        failure=failure,
+        manager=cast(Manager, single["manager"]),
+        client=single["client"] == "yes",
+        fstab=tuple(fstab),
+        live=tuple(live),
+        token=single["token"] if TOKEN.fullmatch(single["token"]) else None,
+    )
+    if access != "yes":
+        return known
     size, blocks, inodes_all, inodes = (int(word) for word in single["space"].split())
-    return StorageState(
-        access="yes",
+    return replace(
+        known,
         real=single["real"],
         mount=_mount(single["mount"]),
         exported=single["exported"] == "yes",
         writable=single["writable"] == "yes",
         free=size * blocks // 2**20,
         inodes=inodes if inodes_all else None,
+        same=single["same"] == "yes" if "same" in single else None,
+        entry=single.get("entry", ""),
         mark=Mark(*single["mark"].split()) if "mark" in single else None,
         open=tuple(opened),
-        token=own,
         tokens={node: tuple(seen) for node, seen in tokens.items()},
     )
 

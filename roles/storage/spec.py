@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ipaddress
+import re
 from collections.abc import Iterable
+from pathlib import PurePosixPath
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
-from inventory.base import AbsolutePath, Spec
-from inventory.cluster import Cluster
+from inventory.base import NODE_NAME, AbsolutePath, Spec, Version
+from inventory.cluster import Cluster, Node
+from inventory.sentences import nearest
 
 SYSTEM = (
     "/",
@@ -25,29 +29,224 @@ SYSTEM = (
     "/tmp",
     "/usr",
     "/var",
+    "/var/lib",
+    "/var/lib/lockstep",
 )
 """No directory of the system is shared by mistake; ``/tmp`` is emptied at boot."""
 
+PLAIN = re.compile(r"/[A-Za-z0-9._+@/-]*")
+"""Paths that fstab, exports and systemd all take as they stand."""
+
+HOST = re.compile(
+    r"[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?(?:\.[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?)+"
+)
+"""A host name with its domain."""
+
+VERSIONS = ("3", "4.0", "4.1", "4.2")
+
+NUMBERS = (
+    *("acdirmax", "acdirmin", "acregmax", "acregmin", "actimeo", "max_connect", "mountport"),
+    *("namlen", "nconnect", "port", "retrans", "retry", "rsize", "timeo", "wsize"),
+)
+WORDS = {
+    "clientaddr": r"[0-9A-Fa-f:.]+",
+    "local_lock": "all|flock|posix|none",
+    "lookupcache": "all|none|pos|positive",
+    "mountproto": "tcp|tcp6|udp|udp6",
+    "proto": "tcp|tcp6|udp|udp6|rdma|rdma6",
+    "sec": "sys|none|krb5|krb5i|krb5p",
+    "xprtsec": "none|tls|mtls",
+}
+FLAGS = (
+    *(
+        "ac",
+        "acl",
+        "async",
+        "cto",
+        "fsc",
+        "lock",
+        "migration",
+        "rdirplus",
+        "resvport",
+        "sharecache",
+    ),
+    *("noac", "noacl", "nocto", "nofsc", "nolock", "nomigration", "nordirplus", "noresvport"),
+    *("nosharecache", "trunkdiscovery", "notrunkdiscovery", "sync", "dirsync"),
+    *("atime", "noatime", "diratime", "nodiratime", "relatime", "norelatime", "strictatime"),
+    *("dev", "nodev", "exec", "noexec", "suid", "nosuid", "lazytime", "nolazytime"),
+)
+"""Options of an NFS mount that may be declared, from nfs(5) and mount(8): with a number, with one of
+some words, alone."""
+
+ALWAYS = ("hard", "_netdev", "nofail")
+SETTINGS = {
+    "vers": "version",
+    "nfsvers": "version",
+    "minorversion": "version",
+    "x-systemd.mount-timeout": "timeout",
+}
+REFUSED = {
+    "soft": "a soft mount loses writes where its server pauses",
+    "softerr": "a soft mount loses writes where its server pauses",
+    "ro": "jobs write there",
+    "rw": "it always is",
+    "noauto": "it must come back after a reboot",
+    "auto": "it always is",
+    "bg": "systemd mounts it when it is first used",
+    "fg": "systemd mounts it when it is first used",
+    "defaults": "it says nothing",
+}
+
+
+def _option(text: str) -> str:
+    key, equals, value = text.partition("=")
+    if "," in text:
+        raise ValueError(f"{text!r} is more than one option: write each as an item of the list")
+    if key in ALWAYS:
+        raise ValueError(f"{key!r} is always set: leave it out")
+    if key in SETTINGS:
+        raise ValueError(f"{key!r} has a key of its own: declare storage.{SETTINGS[key]}")
+    if key in REFUSED:
+        raise ValueError(f"{key!r} cannot be an option here, because {REFUSED[key]}: leave it out")
+    if key in NUMBERS:
+        if not re.fullmatch("[0-9]{1,9}", value):
+            raise ValueError(f"{text!r} needs a number: {key}=N")
+    elif key in WORDS:
+        if not re.fullmatch(WORDS[key], value):
+            raise ValueError(f"{text!r} needs a value: {key}={WORDS[key]}")
+    elif key not in FLAGS:
+        near = nearest(key, [*NUMBERS, *WORDS, *FLAGS])
+        meant = f"did you mean {near!r}?" if near else "see nfs(5)"
+        raise ValueError(f"{text!r} is no option of an NFS mount: {meant}")
+    elif equals:
+        raise ValueError(f"{key!r} takes no value")
+    return text
+
+
+def _version(text: str) -> str:
+    if text not in VERSIONS:
+        raise ValueError(f"{text!r} is no version of NFS: say one of {', '.join(VERSIONS)}")
+    return text
+
 
 class StorageSpec(Spec):
-    """A directory that all nodes share, under the same path.
+    """A directory that all nodes share, under the same path."""
 
-    kind: "existing" is a directory that is already mounted on every node, or exported by it.
-    path: the directory, the same on every node.
-    free: least free space that must be left there, in MiB.
-    """
+    kind: Literal["existing", "nfs"]
+    """existing: mounted already on every node, or exported by it. nfs: mounted by Lockstep."""
 
-    kind: Literal["existing"]
     path: AbsolutePath
+    """The directory, the same on every node."""
+
     free: Annotated[int, Field(ge=0)] = 1024
+    """Least free space that must be left there, in MiB."""
+
+    server: str | None = None
+    """nfs: who exports it: a node, which Lockstep then makes the server, or an outside server by its
+    address or full name."""
+
+    export: AbsolutePath | None = None
+    """nfs: the directory on the server; None means the same as path."""
+
+    version: Annotated[Version, AfterValidator(_version)] = "4.2"
+    """nfs: of the protocol."""
+
+    options: list[Annotated[str, AfterValidator(_option)]] = Field(default_factory=list)
+    """nfs: further mount options, such as nconnect=8 or noatime."""
+
+    timeout: Annotated[int, Field(ge=5, le=600)] = 30
+    """nfs: how long a mount may take, in seconds."""
+
+    root_squash: bool = False
+    """nfs, with a node as server: whether root of the other nodes is nobody there. Jobs run as root, and
+    could then write only where anybody can."""
+
+    threads: Annotated[int, Field(ge=1, le=1024)] = 16
+    """nfs, with a node as server: threads of its NFS server."""
 
     def problems(self, cluster: Cluster) -> Iterable[tuple[str, str]]:
-        """A directory that the system itself uses cannot be the shared one."""
-        if self.path in SYSTEM or self.path.startswith(("/proc/", "/sys/", "/dev/")):
+        """Directories of the system, keys of another kind, and servers that are none."""
+        yield from _system("path", self.path)
+        if self.kind == "existing":
+            for key in type(self).model_fields:
+                if key in self.model_fields_set and key not in EXISTING:
+                    yield key, "belongs to kind: nfs; leave it out, or say kind: nfs"
+            return
+        for key, path in (("path", self.path), ("export", self.export)):
+            if path is not None and not PLAIN.fullmatch(path):
+                yield (
+                    key,
+                    f"{path!r} cannot be mounted by NFS here: use letters, digits and . _ + @ - alone",
+                )
+        yield from self._server_problems(cluster)
+
+    def _server_problems(self, cluster: Cluster) -> Iterable[tuple[str, str]]:
+        names = ", ".join(cluster.nodes)
+        if self.server is None:
+            yield "server", f"is missing: name a node ({names}), or an outside server"
+            return
+        node = server_node(self, cluster)
+        if node is None:
+            for each in cluster.nodes.values():
+                if self.server == each.address:
+                    yield (
+                        "server",
+                        f"{self.server} is the node {each.name}: say server: {each.name}",
+                    )
+            if not _is_address(self.server) and not HOST.fullmatch(self.server):
+                wrong = (
+                    "no node of this cluster" if NODE_NAME.fullmatch(self.server) else "no server"
+                )
+                yield (
+                    "server",
+                    f"{self.server!r} is {wrong}: name a node ({names}), or an outside server by its "
+                    "address or its full name, such as nas.example.com",
+                )
+            for key in ("root_squash", "threads"):
+                if key in self.model_fields_set:
+                    yield (
+                        key,
+                        f"is a matter of the server {self.server}, which is no node: leave it out",
+                    )
+            return
+        export = exported(self)
+        yield from _system("export", export)
+        inside = PurePosixPath(export), PurePosixPath(self.path)
+        if export != self.path and (
+            inside[0].is_relative_to(inside[1]) or inside[1].is_relative_to(inside[0])
+        ):
             yield (
-                "path",
-                f"{self.path} belongs to the system: give a directory of its own, such as /shared",
+                "export",
+                f"{export} and {self.path} overlap, and on {node.name} one would hide the other: "
+                "leave export out, or choose directories apart from each other",
             )
+
+
+EXISTING = ("manage", "kind", "path", "free")
+"""The keys of every kind."""
+
+
+def _system(key: str, path: str) -> Iterable[tuple[str, str]]:
+    if path in SYSTEM or path.startswith(("/proc/", "/sys/", "/dev/")):
+        yield key, f"{path} belongs to the system: give a directory of its own, such as /shared"
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def server_node(spec: StorageSpec, cluster: Cluster) -> Node | None:
+    """The node that serves the storage; None where an outside server does, or where nothing is mounted."""
+    return cluster.nodes.get(spec.server) if spec.kind == "nfs" and spec.server else None
+
+
+def exported(spec: StorageSpec) -> str:
+    """The directory on the server."""
+    return spec.export or spec.path
 
 
 def shared_path(cluster: Cluster) -> str | None:

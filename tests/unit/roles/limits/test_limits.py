@@ -12,10 +12,11 @@ import pytest
 from pydantic import ValidationError
 
 from inventory.cluster import Cluster, Node
+from roles.core.fstab import put
 from roles.core.role import Finding, Target, Unreadable
 from roles.core.steps import NewLogin, Shell, Step
 from roles.limits import LimitsSpec, LimitsState, role, unit_limits
-from roles.limits.converge import add_pam_line, file_text, guarded, write_fstab
+from roles.limits.converge import add_pam_line, file_text, guarded
 from roles.limits.drift import fstab_line
 from roles.limits.probe import OWN_FILE, UNBOUNDED, Limit, Line, Shm, parse, probe
 from roles.limits.spec import size_bytes
@@ -313,7 +314,7 @@ def test_writing_fstab_replaces_doubles_and_touches_no_other_line(tmp_path: Path
         if before is not None:
             fstab.write_text(before)
             fstab.chmod(0o640)
-        script = "set -e\n" + write_fstab(line).replace("/etc/fstab", str(fstab))
+        script = "set -e\n" + put(line).replace("/etc/fstab", str(fstab))
         subprocess.run(["sh", "-c", script], check=True, capture_output=True)
         assert fstab.read_text() == after
         assert fstab.stat().st_mode & 0o777 == (0o644 if before is None else 0o640)

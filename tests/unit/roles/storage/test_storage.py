@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from dataclasses import replace
@@ -16,9 +17,11 @@ from inventory.cluster import Cluster, Node
 from roles.core.role import Finding, Target, Unreadable
 from roles.core.steps import Shell
 from roles.storage import depot, role, shared_path
+from roles.storage.mount import wanted
 from roles.storage.probe import (
     SCRIPT,
     TOKEN_FILE,
+    Line,
     Mark,
     Mount,
     StorageState,
@@ -300,7 +303,7 @@ def test_garbage_is_unreadable_and_never_a_state(text: str) -> None:
 
 
 def test_a_token_that_is_no_token_counts_as_none() -> None:
-    assert parse("token ../../etc\naccess absent\nend").token is None
+    assert parse("token ../../etc\nmanager apt\nclient no\naccess absent\nend").token is None
 
 
 @pytest.mark.parametrize("path", ["/", "/etc", "/proc/1", "/tmp"])
@@ -311,7 +314,7 @@ def test_a_directory_of_the_system_is_refused_in_the_cluster_file(path: str) -> 
 
 def test_the_spec_is_strict() -> None:
     assert list(SPEC.problems(CLUSTER)) == []
-    for wrong in ({"kind": "nfs"}, {"path": "shared"}, {"free": -1}, {"free": "1"}):
+    for wrong in ({"kind": "nsf"}, {"path": "shared"}, {"free": -1}, {"free": "1"}):
         with pytest.raises(ValidationError):
             StorageSpec.model_validate({"kind": "existing", "path": "/shared", **wrong})
 
@@ -320,6 +323,218 @@ def test_colleagues_learn_where_the_shared_storage_and_the_depot_are() -> None:
     assert (shared_path(CLUSTER), depot(CLUSTER)) == ("/shared", "/shared/.lockstep")
     without = replace(CLUSTER, sections={})
     assert (shared_path(without), depot(without)) == (None, None)
+
+
+# What Lockstep mounts itself.
+
+SERVED = {"kind": "nfs", "path": "/shared", "server": "node1"}
+
+
+def served(name: str = "node2", **declared: Any) -> Target[StorageSpec]:
+    spec = StorageSpec.model_validate({**SERVED, **declared})
+    return Target(replace(CLUSTER, sections={"storage": spec}), NODES[name], spec)
+
+
+def refusals(**declared: Any) -> dict[str, str]:
+    spec = StorageSpec.model_validate({**SERVED, **declared})
+    return dict(spec.problems(CLUSTER))
+
+
+@pytest.mark.parametrize(
+    ("declared", "key", "sentence"),
+    [
+        ({"server": "node9"}, "server", "no node of this cluster: name a node (node1, node2, node3)"),
+        ({"server": "nas one"}, "server", "is no server"),
+        ({"server": None}, "server", "is missing: name a node"),
+        ({"server": "10.77.164.12"}, "server", "say server: node2"),
+        ({"server": "10.9.0.1", "threads": 8}, "threads", "is a matter of the server 10.9.0.1"),
+        ({"server": "nas.lan", "root_squash": True}, "root_squash", "is no node"),
+        ({"export": "/shared/data"}, "export", "overlap"),
+        ({"path": "/srv/a/b", "export": "/srv/a"}, "export", "overlap"),
+        ({"export": "/etc"}, "export", "belongs to the system"),
+        ({"path": "/var/lib"}, "path", "belongs to the system"),
+        ({"path": "/my data"}, "path", "cannot be mounted by NFS here"),
+        ({"kind": "existing"}, "server", "belongs to kind: nfs"),
+    ],
+)  # fmt: skip
+def test_a_declaration_that_cannot_be_is_refused_before_any_node_is_reached(
+    declared: dict[str, Any], key: str, sentence: str
+) -> None:
+    assert sentence in refusals(**declared)[key]
+
+
+@pytest.mark.parametrize("server", ["node1", "10.9.0.1", "nas.example.com", "fd00::5"])
+def test_a_node_or_an_outside_server_is_taken(server: str) -> None:
+    assert refusals(server=server) == {}
+
+
+@pytest.mark.parametrize(
+    ("declared", "sentence"),
+    [
+        ({"export": "srv/data"}, "is no absolute path"),
+        ({"options": ["nconect=8"]}, "did you mean 'nconnect'?"),
+        ({"options": ["noatime,nodiratime"]}, "write each as an item"),
+        ({"options": ["nconnect=many"]}, "needs a number"),
+        ({"options": ["sec=krb6"]}, "sec=sys|none|krb5"),
+        ({"options": ["noatime=1"]}, "takes no value"),
+        ({"options": ["soft"]}, "loses writes"),
+        ({"options": ["vers=3"]}, "declare storage.version"),
+        ({"options": ["hard"]}, "is always set"),
+        ({"version": "5"}, "say one of 3, 4.0, 4.1, 4.2"),
+        ({"version": 4.2}, "must be quoted"),
+        ({"timeout": 0}, "greater than or equal to 5"),
+    ],
+)
+def test_a_value_that_is_none_is_refused(declared: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValidationError, match=re.escape(sentence)):
+        StorageSpec.model_validate({**SERVED, **declared})
+
+
+LINE = (
+    "10.77.164.11:/shared /shared nfs vers=4.2,hard,_netdev,nofail,x-systemd.automount,"
+    "x-systemd.mount-timeout=30,x-lockstep 0 0"
+)
+NFS = Mount("/shared", "nfs4", "10.77.164.11:/shared", ("rw", "vers=4.2", "hard"))
+AUTOFS = Mount("/shared", "autofs", "systemd-1", ("rw",))
+
+
+def line(text: str) -> Line:
+    source, point, kind, *_ = text.split(" ")
+    return Line(source, point, kind, text)
+
+
+def client(**changes: Any) -> StorageState:
+    right = state(
+        "node2", client=True, fstab=(line(LINE),), live=(AUTOFS, NFS), mount=NFS, entry=".lockstep"
+    )
+    return replace(right, **changes)
+
+
+def client_findings(seen: StorageState, **declared: Any) -> list[Finding]:
+    others = {"node1": state("node1", exported=True), "node3": ALL["node3"]}
+    return role.drift(served(**declared), seen, others)
+
+
+def client_script(seen: StorageState, **declared: Any) -> str:
+    found = [one for one in client_findings(seen, **declared) if one.repairable]
+    steps = role.converge(served(**declared), seen, {}, found)
+    return "\n".join(step.command for step in steps if isinstance(step, Shell))
+
+
+def test_the_line_of_fstab_survives_any_order_of_booting() -> None:
+    mount = wanted(served())
+    assert mount is not None and mount.line == LINE
+    six = wanted(
+        served(server="fd00::5", export="/vol", version="3", options=["nolock"], timeout=9)
+    )
+    assert six is not None and six.line == (
+        "[fd00::5]:/vol /shared nfs vers=3,hard,_netdev,nofail,x-systemd.automount,"
+        "x-systemd.mount-timeout=9,nolock,x-lockstep 0 0"
+    )
+
+
+def test_the_server_mounts_nothing_or_binds_its_own_directory() -> None:
+    assert wanted(served("node1")) is None
+    bound = wanted(served("node1", export="/srv/x"))
+    assert bound is not None and bound.line == "/srv/x /shared none bind,nofail,x-lockstep 0 0"
+    assert "bound=/srv/x mounted=yes" in probe(served("node1", export="/srv/x"))
+    assert "bound='' mounted=yes" in probe(served()) and "mounted=\n" in probe(HEAD)
+
+
+def test_a_client_with_its_mount_has_no_drift() -> None:
+    assert client_findings(client()) == [] and client_script(client()) == ""
+    assert client_findings(client(live=(NFS,))) == [], "mounted by hand before the line was written"
+
+
+EXT4 = Mount("/shared", "ext4", "/dev/sdb1", ("rw",))
+ROOT_DISK = Mount("/", "ext4", "/dev/sda1", ("rw",))
+OTHER_SERVER = replace(NFS, source="10.9.9.9:/x")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"fstab": ()}, ["nfs-fstab"]),
+        ({"fstab": (line(LINE.replace("hard", "soft")),)}, ["nfs-fstab"]),
+        ({"live": (), "mount": ROOT_DISK, "entry": ""}, ["nfs-mount-wrong"]),
+        ({"live": (AUTOFS,), "access": "failed", "failure": "No such device"}, ["nfs-mount-wrong"]),
+        ({"live": (AUTOFS,), "access": "silent"}, ["nfs-server-silent"]),
+        ({"access": "silent"}, ["nfs-server-silent"]),
+        ({"access": "stale"}, ["nfs-stale-handle"]),
+        ({"live": (OTHER_SERVER,), "mount": OTHER_SERVER}, ["nfs-mount-wrong"]),
+        ({"live": (replace(NFS, options=("rw", "vers=3", "hard")),)}, ["nfs-mount-options"]),
+        ({"live": (replace(NFS, options=("rw", "vers=4.2", "soft")),)}, ["nfs-mount-options"]),
+        (
+            {"client": False, "fstab": (), "live": (), "access": "absent", "entry": ""},
+            ["nfs-client-missing", "nfs-fstab", "nfs-mount-wrong"],
+        ),
+    ],
+)  # fmt: skip
+def test_what_keeps_the_mount_away_is_repaired(
+    changes: dict[str, Any], expected: list[str]
+) -> None:
+    found = client_findings(client(**changes))
+    assert [one.id for one in found] == expected and all(one.repairable for one in found)
+    assert 'ls "$point/."' in client_script(client(**changes)), (
+        "the mount is tried, in bounded time"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected", "word"),
+    [
+        ({"live": (EXT4,)}, "storage-two-volumes", "/dev/sdb1"),
+        ({"fstab": (line("/dev/sdb1 /shared ext4 defaults 0 2"),)}, "storage-two-volumes", "/dev/sdb1"),
+        ({"live": (NFS, OTHER_SERVER)}, "storage-two-volumes", "2 mounts over one another"),
+        (
+            {"fstab": (line("a:/x /shared nfs hard 0 0"), line("b:/x /shared nfs hard 0 0"))},
+            "storage-two-volumes",
+            "a:/x and b:/x",
+        ),
+        ({"live": (), "entry": "models"}, "storage-hides", "models"),
+    ],
+)  # fmt: skip
+def test_what_the_mount_would_hide_is_told_and_nothing_is_changed(
+    changes: dict[str, Any], expected: str, word: str
+) -> None:
+    (found,) = client_findings(client(**changes))
+    assert (found.id, found.repairable) == (expected, False) and word in found.seen
+    assert client_script(client(**changes)) == ""
+
+
+def test_a_line_for_another_nfs_server_gives_way_to_the_declared_one() -> None:
+    seen = client(fstab=(line("nas:/old /shared nfs defaults 0 0"),))
+    assert [found.id for found in client_findings(seen)] == ["nfs-fstab"]
+
+
+def test_what_unmounts_waits_for_a_running_job() -> None:
+    for changes in ({"live": (OTHER_SERVER,)}, {"access": "stale"}):
+        assert all(found.disturbs for found in client_findings(client(**changes)))
+
+
+def test_lines_of_ours_that_are_no_longer_declared_go() -> None:
+    old = line(LINE.replace(" /shared ", " /old "))
+    seen = client(fstab=(line(LINE), old))
+    assert [found.id for found in client_findings(seen)] == ["storage-left"]
+    assert "point=/old" in client_script(seen) and "LOCKSTEP_LINE=''" in client_script(seen)
+    existing = state("node2", fstab=(line(LINE),))
+    assert ids("node2", existing) == ["storage-left"]
+
+
+def test_a_server_whose_disk_is_missing_is_not_marked_anew() -> None:
+    empty = state("node1", mount=EXT4, mark=None, tokens={}, same=True)
+    target = served("node1", export="/srv/x")
+    bind = wanted(target)
+    assert bind is not None
+    seen = replace(empty, fstab=(line(bind.line),), live=(EXT4,))
+    assert [found.id for found in role.drift(target, seen, {})] == ["storage-lost"]
+
+
+def test_packages_of_the_client_have_each_familys_names() -> None:
+    assert role.installs is not None
+    assert list(role.installs(served(), client())) == ["nfs-common"]
+    assert list(role.installs(served(), client(manager="rpm"))) == ["nfs-utils"]
+    assert list(role.installs(HEAD, client())) == []
 
 
 # What follows runs the shell text itself, on directories of this machine.
@@ -334,8 +549,12 @@ def sh(text: str, shell: str = "sh", **env: str) -> subprocess.CompletedProcess[
     )
 
 
-def look(path: Path, own: Path, shell: str = "sh") -> StorageState:
-    text = f"path='{path}' own='{own}' cluster=lab164\n{SCRIPT}"
+def look(
+    path: Path, own: Path, shell: str = "sh", fstab: Path = Path("/none"), mounted: str = ""
+) -> StorageState:
+    text = (
+        f"path='{path}' own='{own}' cluster=lab164 fstab={fstab} bound= mounted={mounted}\n{SCRIPT}"
+    )
     done = sh(text, shell)
     assert (done.returncode, done.stderr) == (0, "")
     return parse(done.stdout.rstrip("\n"))
@@ -469,3 +688,29 @@ def test_the_proof_is_the_heads_and_writes_nothing_without_the_mark(tmp_path: Pa
 def test_paths_reach_the_shell_quoted() -> None:
     spec = StorageSpec(kind="existing", path="/mnt/a b$(touch /x)")
     assert "path='/mnt/a b$(touch /x)'" in probe(Target(CLUSTER, NODES["node1"], spec))
+
+
+def test_a_path_that_hangs_is_told_in_bounded_time(tmp_path: Path) -> None:
+    fake = tmp_path / "ls"
+    fake.write_text("#!/bin/sh\nsleep 60\n")
+    fake.chmod(0o755)
+    text = (
+        f"path='{tmp_path}' own=/none cluster=lab164 fstab=/none bound= mounted=yes\n{SCRIPT}"
+    ).replace("KILL 8", "KILL 0.5")
+    done = sh(text, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert done.returncode == 0
+    assert parse(done.stdout.rstrip("\n")).access == "silent"
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_the_probe_shows_the_lines_of_the_path_and_lockstep_s_own(
+    tmp_path: Path, shell: str
+) -> None:
+    (tmp_path / "models").touch()
+    fstab = tmp_path / "fstab"
+    fstab.write_text(
+        f"# x {tmp_path} nfs y\n/dev/a / ext4 defaults 0 1\nnas:/x\t{tmp_path}  nfs hard\n{LINE}\n"
+    )
+    seen = look(tmp_path, tmp_path / "none", shell, fstab, "yes")
+    assert [each.text for each in seen.fstab] == [f"nas:/x {tmp_path} nfs hard 0 0", LINE]
+    assert seen.live == () and seen.entry == "fstab" and seen.same is None

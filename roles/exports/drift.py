@@ -1,0 +1,111 @@
+"""How the server's exports differ from the directory that the cluster's other nodes are to mount."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from roles.core.role import Finding, Peers, Target
+from roles.exports.probe import ExportsState
+from roles.exports.spec import DROP_IN, FILE, drop_in_text, exports_text, serves, squash
+from roles.storage.spec import StorageSpec, exported
+
+
+def drift(target: Target[StorageSpec], state: ExportsState, peers: Peers) -> list[Finding]:
+    """Findings: on the server what is missing or otherwise; elsewhere what a former server left."""
+    if not serves(target):
+        return list(_left(state))
+    if not target.others:
+        return []
+    return list(_directory(target, state)) or [*_files(target, state), *_running(target, state)]
+
+
+def _left(state: ExportsState) -> Iterator[Finding]:
+    if state.file is not None or state.drop_in is not None:
+        yield Finding(
+            "nfs-exports-left",
+            "no exports of Lockstep's on a node that is not the server",
+            FILE if state.file is not None else DROP_IN,
+            "they are withdrawn",
+            disturbs=True,
+        )
+
+
+def _directory(target: Target[StorageSpec], state: ExportsState) -> Iterator[Finding]:
+    if not state.directory and state.file is not None:
+        yield Finding(
+            "export-missing",
+            f"{exported(target.spec)}, which this node has exported before",
+            "no such directory",
+            "mount the disk that holds it; if a new directory is meant, create it",
+            repairable=False,
+        )
+
+
+def _files(target: Target[StorageSpec], state: ExportsState) -> Iterator[Finding]:
+    spec = target.spec
+    if not state.directory:
+        yield Finding(
+            "export-missing",
+            f"{exported(spec)}, to export",
+            "no such directory",
+            "it is made, empty and root's",
+        )
+    if not state.installed:
+        yield Finding("nfs-server-missing", "an NFS server", "not installed", "it is installed")
+    if state.file != exports_text(target):
+        yield Finding(
+            "nfs-exports",
+            f"{FILE} with {exported(spec)} for the cluster's addresses",
+            "no such file" if state.file is None else "another text",
+            "the file is written and read by the server; no client is interrupted",
+        )
+    if state.drop_in != drop_in_text(spec):
+        yield Finding(
+            "nfs-threads",
+            f"{spec.threads} threads at each start of the NFS server",
+            "no such setting" if state.drop_in is None else "another number",
+            "it is set",
+        )
+
+
+def _running(target: Target[StorageSpec], state: ExportsState) -> Iterator[Finding]:
+    if not state.installed:
+        return
+    spec = target.spec
+    if state.enabled != "enabled" or state.active != "active":
+        yield Finding(
+            "nfs-server-stopped",
+            "an NFS server that runs now and after a reboot",
+            ", ".join(word for word in (state.active, state.enabled) if word) or "no such service",
+            "it is started and enabled",
+        )
+        return
+    if state.threads != spec.threads and state.drop_in == drop_in_text(spec):
+        yield Finding(
+            "nfs-threads",
+            f"{spec.threads} threads of the NFS server",
+            str(state.threads),
+            "their number is changed while it runs",
+        )
+    wanted = {node.address for node in target.others}
+    others = sorted(set(state.clients) - wanted)
+    if others and state.file == exports_text(target):
+        yield Finding(
+            "nfs-exported-to-others",
+            f"{exported(spec)} exported to the cluster's addresses alone",
+            f"to {', '.join(others)} too",
+            "take that line out of /etc/exports or /etc/exports.d, and run exportfs -ra",
+            repairable=False,
+        )
+    wrong = [
+        address
+        for address in sorted(wanted)
+        if not {"rw", squash(spec)} <= set(state.clients.get(address, ()))
+    ]
+    if wrong and state.file == exports_text(target):
+        yield Finding(
+            "nfs-exports",
+            f"{exported(spec)} exported now, rw and {squash(spec)}, to {', '.join(wrong)}",
+            "not, or otherwise",
+            "the server reads its files again",
+        )
