@@ -20,7 +20,7 @@ from roles.storage.spec import StorageSpec
 
 MOUNTING = {
     *("nfs-client-missing", "nfs-fstab", "nfs-mount-wrong", "nfs-mount-options"),
-    *("nfs-server-silent", "nfs-stale-handle"),
+    *("nfs-server-silent", "nfs-refused", "nfs-stale-handle"),
 }
 """Findings after whose repair the mount is tried."""
 
@@ -104,7 +104,7 @@ def attempt(target: Target[StorageSpec], mount: Wanted) -> str:
         f"{mount.source} is not mounted at {mount.point}: no answer within {seconds} s; see that the "
         "server is up, and that TCP port 2049 there is open for this node"
     )
-    refused = f"{mount.source} cannot be mounted at {mount.point}:"
+    refused = f"{mount.source} cannot be had at {mount.point}:"
     start = "automount" if mount.kind == "nfs" else "mount"
     return (
         f"point={quote(mount.point)}\n{_THERE}"
@@ -116,13 +116,14 @@ def attempt(target: Target[StorageSpec], mount: Wanted) -> str:
         '  systemctl reset-failed "$mount" "$start" 2>/dev/null || :\n'
         '  systemctl start "$start"\n'
         "fi\n"
-        f'timeout -s KILL {seconds + 5} ls "$point/." >/dev/null 2>&1 || :\n'
-        'case $(there) in ""|autofs)\n'
-        '  said=$(journalctl -q -u "$mount" --since "@$since" -o cat 2>/dev/null | grep "^mount" | tail -n 1) || :\n'
-        f'  case $said in "") echo {quote(silent)} >&2 ;; *) echo {quote(refused)} "${{said#*: }}" >&2 ;; esac\n'
-        "  exit 1 ;;\n"
+        f'said=$(timeout -s KILL {seconds + 5} ls "$point/." 2>&1 >/dev/null) &&\n'
+        '  case $(there) in ""|autofs) ;; *) exit 0 ;; esac\n'
+        'logged=$(journalctl -q -u "$mount" --since "@$since" -o cat 2>/dev/null | grep "^mount" | tail -n 1) || :\n'
+        "case $logged$said in\n"
+        f'  "") echo {quote(silent)} >&2 ;;\n'
+        f'  *) said=${{logged:-$said}}; echo {quote(refused)} "${{said##*: }}" >&2 ;;\n'
         "esac\n"
-        f'timeout -s KILL 5 ls "$point/." >/dev/null 2>&1 || {{ echo {quote(silent)} >&2; exit 1; }}'
+        "exit 1"
     )
 
 

@@ -160,6 +160,13 @@ def _mounted(
             f"none within {TOUCH_SECONDS} s",
             f"it is tried again for {target.spec.timeout} s",
         )
+    elif there is not None and state.access == "failed":
+        yield Finding(
+            "nfs-refused",
+            f"access to {mount.source} at {mount.point}",
+            state.failure,
+            f"it is tried again for {target.spec.timeout} s",
+        )
     elif there is None:
         seen = {"failed": state.failure, "absent": "no such directory"}.get(
             state.access, "nothing is mounted there"
@@ -209,12 +216,21 @@ def _unusable(target: Target[StorageSpec], state: StorageState) -> Iterator[Find
             repairable=False,
         )
         return
-    if state.access in ("silent", "failed"):
+    if state.access == "silent":
         yield Finding(
             "nfs-server-silent",
             f"an answer at {path}",
-            state.failure or f"none within {TOUCH_SECONDS} s",
+            f"none within {TOUCH_SECONDS} s",
             f"see that the server of {path} runs and that this node reaches it",
+            repairable=False,
+        )
+        return
+    if state.access == "failed":
+        yield Finding(
+            "nfs-refused",
+            f"access to {path}",
+            state.failure,
+            "see that its server still exports it to this node",
             repairable=False,
         )
         return

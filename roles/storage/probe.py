@@ -96,8 +96,9 @@ class StorageState:
 # Directories are listed, not files opened: listing a directory makes an NFS client ask its server
 # again, so that what another node wrote a moment ago is seen. The token is part of the file's name.
 _TOUCH = r"""
-if ! cd "$path" 2>/dev/null; then
-  said=$(ls -d "$path/." 2>&1) && { echo "cannot enter $path" >&2; exit 1; }
+space=
+if ! cd "$path" 2>/dev/null || ! space=$(stat -f -c 'space %S %a %c %d' . 2>&1); then
+  said=${space:-$(ls -d "$path/." 2>&1)} && test -z "$space" && { echo "cannot enter $path" >&2; exit 1; }
   case $said in
     *'No such file'*|*'Not a directory'*) echo 'access absent' ;;
     *'tale file handle'*) echo 'access stale' ;;
@@ -129,7 +130,7 @@ if test -r /var/lib/nfs/etab; then
   done </var/lib/nfs/etab
 fi
 echo "exported $exported"
-stat -f -c 'space %S %a %c %d' . || exit 1
+echo "$space"
 if test -n "$bound"; then if test . -ef "$bound"; then echo 'same yes'; else echo 'same no'; fi; fi
 if test -n "$mounted"; then ls -A | { if read -r name; then echo "entry $name"; fi; }; fi
 set -- .[l]ockstep .lockstep/[n]odes .lockstep/nodes/* ".lockstep/nodes/$cluster"/*

@@ -99,6 +99,8 @@ def test_the_recorded_lab_nodes_have_no_drift() -> None:
     [
         ({"access": "absent"}, "storage-missing"),
         ({"access": "stale"}, "nfs-stale-handle"),
+        ({"access": "silent"}, "nfs-server-silent"),
+        ({"access": "failed", "failure": "Permission denied"}, "nfs-refused"),
         ({"mount": Mount("/", "ext4", "/dev/sda1", ("rw",))}, "nfs-mount-wrong"),
         ({"mount": Mount("/data", "xfs", "/dev/sdb", ("rw",)), "real": "/data/shared"}, "nfs-mount-wrong"),
         ({"mount": Mount("/shared", "nfs4", "s:/x", ("ro", "hard"))}, "storage-read-only"),
@@ -460,6 +462,7 @@ OTHER_SERVER = replace(NFS, source="10.9.9.9:/x")
         ({"live": (AUTOFS,), "access": "failed", "failure": "No such device"}, ["nfs-mount-wrong"]),
         ({"live": (AUTOFS,), "access": "silent"}, ["nfs-server-silent"]),
         ({"access": "silent"}, ["nfs-server-silent"]),
+        ({"access": "failed", "failure": "Permission denied"}, ["nfs-refused"]),
         ({"access": "stale"}, ["nfs-stale-handle"]),
         ({"live": (OTHER_SERVER,), "mount": OTHER_SERVER}, ["nfs-mount-wrong"]),
         ({"live": (replace(NFS, options=("rw", "vers=3", "hard")),)}, ["nfs-mount-options"]),
