@@ -1,10 +1,42 @@
-"""A skipped test did not pass: the run fails, unless the test needs a GPU."""
+"""How a whole run goes: side by side what shares nothing; and a skipped test did not pass.
+
+With ``-n 2`` the tests of one file run in their order on one worker, or those of one folder where the folder
+has fixtures of its own; nothing else is shared. Tests on real nodes begin, because they take the longest.
+A run fails where a test was skipped, unless it needs a GPU.
+"""
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
+import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
+
+TESTS = Path(__file__).parent
 _skipped: list[str] = []
+
+
+class Together(LoadScopeScheduling):  # type: ignore[misc]
+    """Hands a worker all tests that share something."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        """The file of a test, or its folder where that has fixtures of its own."""
+        file = TESTS.parent / nodeid.partition("::")[0]
+        own = (file.parent / "conftest.py").is_file()
+        return str(file.parent if own else file)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Together:
+    config.option.loadscopereorder = (
+        False  # by the number of tests, which says nothing of their seconds
+    )
+    return Together(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.path.is_relative_to(TESTS / "lab"))
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -39,6 +39,7 @@ from deploy.lab.state import (
 )
 
 DEFAULT_NODES = 2
+NETWORK_LOCK = Path("/run/lockstep-lab/network.lock")
 
 
 @dataclass(frozen=True)
@@ -133,8 +134,7 @@ def up(paths: Paths, environ: Mapping[str, str], request: Request, progress: Pro
                 f"this lab has --os {record.os}, and its nodes cannot become {request.os}: run `lab down` "
                 "first, or set LOCKSTEP_LAB for a second lab"
             )
-        record = replace(record, os=request.os or record.os)
-        save_record(paths, record)
+        record = _networked(paths, replace(record, os=request.os or record.os), progress)
         bases: dict[Family, str | None] = dict.fromkeys(SYSTEMS[record.os])
         for node in there:
             if bases[node.family] not in (None, node.base):
@@ -176,23 +176,31 @@ def prepare_only(paths: Paths, request: Request, progress: Progress) -> None:
 
 
 def _record(paths: Paths) -> Record:
-    """The lab's record; a new lab, or one whose bridge is gone and network taken, gets its network now."""
+    """The lab's record; that of a new lab has the network that it prefers."""
     record = load_record(paths)
     if record is not None and record.archive and not Path(record.archive).is_file():
         record = replace(record, archive=None)
     if record is not None and record.job and not Path(record.job).is_file():
         record = replace(record, job=None)
-    index = record.index if record else None
-    taken = network.taken_indexes(network.links(), paths.state, index)
-    if record is None:
-        return Record(choose_index(preferred_index(paths.state), taken))
-    if record.index in taken:
-        if nodes.existing(paths, record):
-            raise LabError(
-                f"the lab's network 10.77.{record.index}.0/24 is now used by something else on this "
-                "machine: free it, or run `lab down` and `lab up` to get another"
-            )
-        return replace(record, index=choose_index(preferred_index(paths.state), taken))
+    return record or Record(preferred_index(paths.state))
+
+
+def _networked(paths: Paths, record: Record, progress: Progress) -> Record:
+    """Save the record with a network that is the lab's alone, and have its bridge; returns it.
+
+    Labs that are brought up at once choose one after the other, each among those that have no bridge yet.
+    """
+    with locked(NETWORK_LOCK, progress, "another lab chooses its network"):
+        taken = network.taken_indexes(network.links(), paths.state, record.index)
+        if record.index in taken:
+            if nodes.existing(paths, record):
+                raise LabError(
+                    f"the lab's network 10.77.{record.index}.0/24 is now used by something else on this "
+                    "machine: free it, or run `lab down` and `lab up` to get another"
+                )
+            record = replace(record, index=choose_index(preferred_index(paths.state), taken))
+        save_record(paths, record)
+        network.ensure_bridge(record, paths.state)
     return record
 
 
@@ -220,7 +228,6 @@ def _bring_up(
         )
     make_directory(paths.shared)
     ssh.ensure_control_key(paths)
-    network.ensure_bridge(record, paths.state)
     for node in new:
         nodes.create(node)
     hosts = paths.known_hosts

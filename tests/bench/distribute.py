@@ -17,9 +17,9 @@ from pathlib import Path
 import yaml
 
 from deploy.lab.state import Paths, load_record
-from tests.lab.site import ROOT, Site, bare
+from tests.lab.site import ROOT, Site, bare, beside
 
-STATE = Path("/var/lib/lockstep-lab-distribute")
+STATE = beside("distribute")
 NODES = 8
 MBIT = 80
 BYTES = 200_000_000

@@ -11,14 +11,13 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
-from pathlib import Path
 
 from deploy.lab.state import SYSTEMS
 from deploy.verify import columns
 from tests.lab.cycle import Row, cases, cycle, label, plan, sample
-from tests.lab.site import JOB, OS, bring_up, nodes_of
+from tests.lab.site import JOB, OS, beside, bring_up, nodes_of
 
-STATE = Path("/var/lib/lockstep-lab-bench-faults")
+STATE = beside("bench-faults")
 
 
 def main() -> int:

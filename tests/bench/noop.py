@@ -10,13 +10,12 @@ from __future__ import annotations
 import json
 import sys
 import time
-from pathlib import Path
 
 from roles import registry
 from roles.core.look import script
-from tests.lab.site import BIN, JOB, Site, bring_up
+from tests.lab.site import BIN, JOB, Site, beside, bring_up
 
-STATE = Path("/var/lib/lockstep-lab-bench")
+STATE = beside("bench")
 NODES = 8
 ROUNDS = 5
 

@@ -23,12 +23,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from io import BytesIO
-from pathlib import Path
 
 from roles.core.relay import MARK
-from tests.lab.site import BIN, ROOT, Site, bare
+from tests.lab.site import BIN, ROOT, Site, bare, beside
 
-STATE = Path("/var/lib/lockstep-lab-power")
+STATE = beside("power")
 KEY = re.compile(rf"(/run/)?{MARK}[0-9a-f]{{16}}")
 PREFIX = "/opt/lockstep/envs/main"
 SITE = "env/lib/python3.11/site-packages"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from typing import Any
 import yaml
 
 from deploy.lab.standins import DRIVER_VERSIONS
-from deploy.lab.state import SYSTEMS, Family
+from deploy.lab.state import SYSTEMS, Family, paths_from
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = ROOT / ".venv" / "bin"
@@ -96,6 +97,11 @@ def nodes_of(os: str, count: int = 2) -> dict[str, Family]:
 
 
 NODES = nodes_of(OS)
+
+
+def beside(name: str) -> Path:
+    """The state directory of a lab for tests: beside the user's own, which LOCKSTEP_LAB names."""
+    return Path(f"{paths_from(os.environ).state}-{name}")
 
 
 class Site:
@@ -241,18 +247,51 @@ def bare(state: Path, *arguments: str, systems: str = OS, count: int = 2) -> Ite
     """
     assert os.geteuid() == 0, "the lab makes systemd-nspawn nodes: run this as root"
     site = Site(state, systems, count)
-    site.lockstep("lab", "down")
     files = ["rm", "-rf", str(site.directory), str(state / "shared")]
-    subprocess.run(files, check=True)
-    site.directory.mkdir(parents=True)
-    site.write_job()
-    try:
+    with _held(site):
+        site.lockstep("lab", "down")
+        subprocess.run(files, check=True)
+        site.directory.mkdir(parents=True)
+        site.write_job()
         site.up(*arguments)
         yield site
-    finally:
-        down = site.lockstep("lab", "down")
-        assert down.returncode == 0, down.stdout + down.stderr
     subprocess.run(files, check=True)
+
+
+@contextmanager
+def _held(site: Site) -> Iterator[None]:
+    """Have the lab for this process alone, and taken down when it ends, whatever ends it.
+
+    What takes it down is a process of its own: a Ctrl-C that ends the tests does not reach it.
+    """
+    site.state.mkdir(parents=True, exist_ok=True)
+    with (site.state / "tests.lock").open("w") as lock, (site.state / "down.log").open("w+") as log:
+        site.wait(f"{site.state} is free of other tests", lambda: _locked(lock.fileno()), 60)
+        script = 'cat >/dev/null; exec "$0" lab down'
+        down = subprocess.Popen(
+            ["sh", "-c", script, str(BIN / "lockstep")],
+            cwd=ROOT,
+            env=site.environ,
+            stdin=subprocess.PIPE,  # ends with this process
+            stdout=log,
+            stderr=log,
+            pass_fds=[lock.fileno()],  # locked until it is down
+            start_new_session=True,
+        )
+        try:
+            yield
+        finally:
+            down.communicate()
+            log.seek(0)
+            assert down.returncode == 0, log.read()
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 @contextmanager

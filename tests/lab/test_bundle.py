@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.lab.site import Site, bare
+from tests.lab.site import Site, bare, beside
 
 pytestmark = pytest.mark.slow
-STATE = Path("/var/lib/lockstep-lab-tests-bundle")
+STATE = beside("tests-bundle")
 
 # A tool of the RPM nodes' image, over what this machine has below the lab's folder.
 TOOL = """#!/bin/sh

@@ -9,16 +9,15 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from tests.lab.site import BIN, Site, bare, with_packages
+from tests.lab.site import BIN, Site, bare, beside, with_packages
 
 pytestmark = pytest.mark.slow
-STATE = Path("/var/lib/lockstep-lab-tests-nodes")
+STATE = beside("tests-nodes")
 NAMES = ("node1", "node2", "node3")
 PACKAGES = ("firewalld", "ufw", "nftables")
 SECTIONS: dict[str, Any] = {

@@ -12,14 +12,14 @@ import pytest
 import yaml
 
 from roles.environment.spec import unit_variables
-from tests.lab.site import Site, bare, with_packages
+from tests.lab.site import Site, bare, beside, with_packages
 
 NODES = ("node1", "node2")
 FOLDER = "/var/lib/lockstep/ops/main"
 LIBRARY = f"{FOLDER}/deepspeed_shm_comm/deepspeed_shm_comm.so"
 
 pytestmark = pytest.mark.slow
-STATE = Path("/var/lib/lockstep-lab-tests-operators")
+STATE = beside("tests-operators")
 
 
 def with_headers(trimmed: Path, archive: Path) -> None:

@@ -9,16 +9,15 @@ import hashlib
 import shutil
 import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.lab.site import Site, bare
+from tests.lab.site import Site, bare, beside
 from tests.unit.roles.environment.made import ARM, CONDA, Entry, elf, pack
 
 pytestmark = pytest.mark.slow
-STATE = Path("/var/lib/lockstep-lab-tests-sources")
+STATE = beside("tests-sources")
 SITE_PACKAGES = "lib/python3.10/site-packages"
 
 
