@@ -74,7 +74,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
             "--os",
             choices=SYSTEMS,
             help="the nodes' system (default: what the lab has, at first debian); mixed: node1 Debian, "
-            "node2 RPM, and so on in turn",
+            "node2 RPM, and so on in turn; mixed-rpm: the other way round",
         )
     prepare.set_defaults(handler=_handler(_prepare))
 

@@ -84,11 +84,11 @@ def ensure_repository(
 ) -> None:
     """Download what is missing in the repository and index it; with RPM nodes, make RPMs of it.
 
-    keys: the nodes' base images; packages are resolved against the first one. The directory is changed
-    in place, a file at a time, because running nodes have it mounted. Raises LabError when a package
-    cannot be had.
+    keys: the nodes' base images; packages are resolved against Debian's where it is one of them, because
+    the other holds more. The directory is changed in place, a file at a time, because running nodes have
+    it mounted. Raises LabError when a package cannot be had.
     """
-    ensure_debs(paths, host, next(iter(keys.values())), extra, progress)
+    ensure_debs(paths, host, keys["debian"] if "debian" in keys else keys["rpm"], extra, progress)
     if "rpm" in keys:
         image = paths.cache / keys["rpm"]
         rpm.ensure_rpms(paths.repository, paths.state / "rpms.json", image, progress)

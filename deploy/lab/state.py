@@ -29,6 +29,7 @@ SYSTEMS: dict[str, tuple[Family, ...]] = {
     "debian": ("debian",),
     "rpm": ("rpm",),
     "mixed": ("debian", "rpm"),
+    "mixed-rpm": ("rpm", "debian"),
 }
 """``--os`` → the families of its nodes, in turn from node1 on."""
 

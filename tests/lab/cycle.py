@@ -16,7 +16,7 @@ from deploy.lab.state import Family
 from roles import registry
 from roles.core.look import AnyRole
 from roles.core.role import required
-from tests.lab.site import JOB, NODES, Site
+from tests.lab.site import JOB, MIRRORED, NODES, Site, nodes_of
 
 A_NODE = 2
 """So many faults lie on one node at once."""
@@ -79,10 +79,21 @@ def sample(every: Sequence[Case]) -> list[Case]:
     return list({(case.role, case.os): case for case in reversed(every)}.values())[::-1]
 
 
-def rest(every: Sequence[Case]) -> list[Case]:
-    """The cases that the sample leaves out."""
-    chosen = sample(every)
-    return [case for case in every if case not in chosen]
+def untried(every: Sequence[Case], tried: Sequence[Case]) -> list[Case]:
+    """The cases whose fault is not among those tried on a node of that family."""
+    known = {(case.name, case.os) for case in tried}
+    return [case for case in every if (case.name, case.os) not in known]
+
+
+def shares() -> tuple[list[Case], list[Case], list[Case]]:
+    """Every fault once on each of its families: the sample, the mirrored pair's, and what is left for the first.
+
+    The mirrored pair takes all that it can: the first one has other tests as well.
+    """
+    first = cases()
+    sampled = sample(first)
+    mirrored = untried(cases(nodes_of(MIRRORED)), sampled)
+    return sampled, mirrored, untried(first, [*sampled, *mirrored])
 
 
 def plan(every: Sequence[Case]) -> list[list[Case]]:

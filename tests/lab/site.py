@@ -25,6 +25,8 @@ ROOT = Path(__file__).resolve().parents[2]
 BIN = ROOT / ".venv" / "bin"
 OS = "mixed"
 """What the tests' nodes are, as ``lab up --os`` takes it."""
+MIRRORED = "mixed-rpm"
+"""The same with the RPM node as the head: for what breaks on a head, or a worker, alone."""
 PACKAGES = (
     *("gcc", "g++", "ninja-build", "python3-dev", "nftables", "dkms", "linux-headers-amd64"),
     "opensm",
@@ -182,6 +184,12 @@ class Site:
         """Rewrite the cluster file with some top-level keys replaced."""
         declared = yaml.safe_load(self.cluster.read_text())
         self.cluster.write_text(yaml.safe_dump({**declared, **changes}, sort_keys=False))
+
+    def prove_briefly(self) -> None:
+        """Have an environment that was proved whole proved by little from now on."""
+        declared = yaml.safe_load(self.cluster.read_text())["environments"]
+        self.declare(environments={"main": {**declared["main"], **BRIEF}})
+        self.converge()
 
     def write_job(self, **changes: Any) -> Path:
         """The job file with another name, number of steps and so on."""

@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 from roles.job.decide import STARTING_SECONDS
-from tests.lab.cycle import Case, cases, cycle, label, plan, rest, sample
-from tests.lab.site import BIN, BRIEF, JOB, NODES, ROOT, Site
+from tests.lab.cycle import Case, cycle, label, plan, shares
+from tests.lab.site import BIN, JOB, NODES, ROOT, Site
 
 
 @pytest.fixture(autouse=True)
@@ -107,13 +107,14 @@ def test_commands_and_imports_work_from_a_plain_ssh_login(lab: Site) -> None:
 @pytest.fixture(scope="module")
 def brief(lab: Site) -> Site:
     """The lab with a quick proof of the environment: the tests above gave the whole one."""
-    declared = yaml.safe_load(lab.cluster.read_text())["environments"]
-    lab.declare(environments={"main": {**declared["main"], **BRIEF}})
-    lab.converge()
+    lab.prove_briefly()
     return lab
 
 
-@pytest.mark.parametrize("broken", plan(sample(cases())), ids=label)
+SAMPLED, _, LEFT = shares()
+
+
+@pytest.mark.parametrize("broken", plan(SAMPLED), ids=label)
 def test_what_breaks_is_named_by_verify_and_repaired_by_one_run(
     brief: Site, broken: Sequence[Case]
 ) -> None:
@@ -121,8 +122,8 @@ def test_what_breaks_is_named_by_verify_and_repaired_by_one_run(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("broken", plan(rest(cases())), ids=label)
-def test_every_other_break_is_named_and_repaired_as_well(
+@pytest.mark.parametrize("broken", plan(LEFT), ids=label)
+def test_what_only_this_pair_can_show_is_named_and_repaired_as_well(
     brief: Site, broken: Sequence[Case]
 ) -> None:
     cycle(brief, broken)

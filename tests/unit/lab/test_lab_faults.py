@@ -14,11 +14,11 @@ from deploy.lab import cli, faults, lab
 from deploy.lab import node as nodes
 from deploy.lab.errors import LabError
 from deploy.lab.processes import Process
-from deploy.lab.state import ROOT, SYSTEMS, Paths, Record
+from deploy.lab.state import ROOT, Paths, Record
 from roles import registry
 from roles.core.role import required
-from tests.lab.cycle import cases, plan, rest, sample
-from tests.lab.site import nodes_of
+from tests.lab.cycle import cases, plan, sample, shares
+from tests.lab.site import MIRRORED, OS, nodes_of
 
 EITHER = {"id": "pdsh-owner", "break": "true"}
 
@@ -176,16 +176,22 @@ def test_a_fault_of_all_nodes_is_injected_on_each(two_nodes: Paths) -> None:
 
 def test_the_loop_tries_every_fault_once_on_each_family_that_has_a_node_for_it() -> None:
     every = cases(nodes_of("mixed"))
-    tried = [case for row in [*plan(sample(every)), *plan(rest(every))] for case in row]
+    tried = [case for row in plan(every) for case in row]
     assert len(tried) == len(every) == len({(case.name, case.os) for case in every})
     for name, fault in faults.read().items():
         if fault.node == "any":
             assert {case.os for case in every if case.name == name} == set(fault.os)
 
 
-def test_what_the_head_of_mixed_nodes_cannot_show_nodes_of_one_family_do() -> None:
-    tried = {(case.name, case.os) for os in SYSTEMS for case in cases(nodes_of(os))}
-    assert tried == {(name, os) for name, fault in faults.read().items() for os in fault.os}
+def test_the_two_pairs_try_every_fault_once_on_every_family_that_it_is_for() -> None:
+    tried = [(case.name, case.os) for share in shares() for row in plan(share) for case in row]
+    assert sorted(tried) == sorted(
+        (name, os) for name, fault in faults.read().items() for os in fault.os
+    )
+    for share, pair in zip(shares(), (OS, MIRRORED, OS), strict=True):
+        assert share and all(nodes_of(pair)[case.node] == case.os for case in share)
+        known = faults.read()
+        assert all(known[case.name].fits(int(case.node.removeprefix("node"))) for case in share)
 
 
 def test_what_is_tried_together_is_at_most_two_faults_a_node_of_different_roles() -> None:

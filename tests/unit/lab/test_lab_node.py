@@ -118,6 +118,7 @@ def test_the_families_of_a_mixed_lab_s_nodes_take_turns(paths: Paths) -> None:
         "debian": ["debian", "debian", "debian"],
         "rpm": ["rpm", "rpm", "rpm"],
         "mixed": ["debian", "rpm", "debian"],
+        "mixed-rpm": ["rpm", "debian", "rpm"],
     }
 
 
