@@ -147,20 +147,29 @@ class Run:
             for obstacle in obstacles:
                 self.block(node, role.name, f"not started, because {obstacle}")
             return
+        disproved: list[str] = []
         for _ in range(ROUNDS):
-            yield from self._repair(role, node, target, now)
+            disproved.clear()
+            yield from self._repair(role, node, target, now, disproved)
             tried = {found.id for found in now}
             now = [found for found in self.looks.drift(role, node) if found not in later]
-            if not now:
+            if not now and not disproved:
                 return
-            if any(not found.repairable or found.id in tried for found in now):
-                break  # what a repair only uncovers gets another round; what it did not mend does not
-        yield _refusal(f"{role.name}: still there after converging: {'; '.join(map(str, now))}")
+            lasting = [found for found in now if not found.repairable or found.id in tried]
+            if not now or lasting or self._disturbed(node, now):
+                break  # what a repair, or its proof, only uncovers gets another round; what it did not mend does not
+        left = "; ".join(map(str, now)) or "its proof failed"
+        yield _refusal(f"{role.name}: still there after converging: {left}")
 
     def _repair(
-        self, role: AnyRole, node: Host, target: Target[Any], findings: list[Finding]
+        self,
+        role: AnyRole,
+        node: Host,
+        target: Target[Any],
+        findings: list[Finding],
+        disproved: list[str],
     ) -> Iterator[PyinfraCommand]:
-        """The role's steps for these findings, and its proof."""
+        """The role's steps for these findings, and its proof. disproved: gets what that finds wrong."""
         for finding in findings:
             session.say(node, f"{role.name}: {finding}")
         others = self.looks.others(role, node)
@@ -178,7 +187,7 @@ class Run:
                 self.looks.forget(node.state.inventory.get_host(name))
         if role.proof and not role.crossing:
             self.looks.forget(node)
-            yield FunctionCommand(_prove, (role.name, role.proof(target)), {})
+            yield FunctionCommand(_prove, (role.name, role.proof(target), disproved), {})
             self.looks.forget(node)
 
     def _sorted(
@@ -194,18 +203,22 @@ class Run:
         if for_user:
             self.block(node, role.name, "; ".join(f"{found}; {found.fix}" for found in for_user))
         later: list[Finding] = []
-        if any(found.disturbs for found in findings):
-            what = None if host_proxy.data.get("disturb") else self.busy(node)
-            if what:
-                later = [found for found in findings if found.disturbs and found.repairable]
-                for found in later:
-                    session.say(
-                        node,
-                        f"{role.name}: {found}; pending, because {what} runs here (--data disturb=true repairs it now)",
-                        "yellow",
-                    )
+        if what := self._disturbed(node, findings):
+            later = [found for found in findings if found.disturbs and found.repairable]
+            for found in later:
+                session.say(
+                    node,
+                    f"{role.name}: {found}; pending, because {what} runs here (--data disturb=true repairs it now)",
+                    "yellow",
+                )
         now = [found for found in findings if found.repairable and found not in later]
         return now, [*for_user, *later]
+
+    def _disturbed(self, node: Host, findings: list[Finding]) -> str | None:
+        """What these repairs must not disturb, in words; None where they may be made now."""
+        if host_proxy.data.get("disturb") or not any(found.disturbs for found in findings):
+            return None
+        return self.busy(node)
 
     def remark(self, role: AnyRole, node: Host, target: Target[Any], dry: bool) -> None:
         """Say what the role has to say beside its findings."""
@@ -365,14 +378,16 @@ def _carry_out(state: State, host: Host, step: Step) -> bool:
     return True
 
 
-def _prove(state: State, host: Host, role: str, script: str) -> bool:
+def _prove(state: State, host: Host, role: str, script: str, disproved: list[str]) -> bool:
+    """Say what the proof finds wrong; whether that can be repaired, the next look tells."""
     try:
         wrong = session.run(host, script, PROOF_SECONDS).stdout.strip()
     except session.NodeFailed as error:
         wrong = f"the proof could not run: {error}"
     for line in wrong.splitlines():
         session.say(host, f"{role}: {line.replace(chr(9), ': ')}", "red")
-    return not wrong
+        disproved.append(line)
+    return True
 
 
 def _refuse(state: State, host: Host, sentence: str) -> bool:

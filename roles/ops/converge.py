@@ -15,10 +15,10 @@ from roles.core.role import Finding, Peers, Target
 from roles.core.steps import Download, Shell, Step, Upload, quote, settled
 from roles.environment.converge import alone, here_script
 from roles.environment.spec import Declared, Environments
-from roles.ops.drift import REPAIRS, bundle, of_environment, wanted
+from roles.ops.drift import REPAIRS, bundle, kept_for, of_environment, wanted
 from roles.ops.place import HOME, folder, python
 from roles.ops.probe import HELD, Lock, OpsState
-from roles.ops.prove import STAMP
+from roles.ops.prove import PROOF, STAMP
 
 HERE = Path(__file__).parent
 COMPILE_SECONDS = 3600
@@ -35,15 +35,14 @@ def converge(
         found = [each for each in of_environment(target.node, state, one) if each in findings]
         if not any(each.id in REPAIRS for each in found):
             continue
-        want = wanted(one, target.node, state)
-        kept, packed = bundle(want), f"{folder(one.name)}.tar.gz"
-        if kept.is_file():
+        want, packed = wanted(one, target.node, state), f"{folder(one.name)}.tar.gz"
+        if kept := kept_for(want, state.environments[one.name]):
             yield Upload(kept, packed, hashlib.sha256(kept.read_bytes()).hexdigest())
             yield Shell(alone(unpack(one), UNPACK_SECONDS), 2 * UNPACK_SECONDS)
         else:
             command = alone(compiling(one, target.node, want), COMPILE_SECONDS)
             yield Shell(command, 2 * COMPILE_SECONDS)
-            yield Download(packed, kept)
+            yield Download(packed, bundle(want))
         yield Shell(f"rm -f {quote(packed)}")
 
 
@@ -106,8 +105,12 @@ def proof(target: Target[Environments]) -> str:
     calls = (
         f"{python(one, target.node)} - {quote(folder(one.name))} {' '.join(one.spec.ops)} "
         f"{here_script('prove.py', HERE)}"
-        'c=$?; if [ "$c" != 0 ]; then printf '
-        f"'ops-load\\t%s: loading them ended with status %s\\n' {quote(folder(one.name))} \"$c\"; fi\n"
+        f"c=$?; D={quote(folder(one.name))}\n"
+        'if [ "$c" != 0 ]; then\n'
+        '  printf \'ops-load\\t%s: loading them ended with status %s\\n\' "$D" "$c"\n'
+        # SIGILL, SIGABRT, SIGBUS, SIGFPE, SIGSEGV: of the code itself, and not of whoever ended it.
+        '  case $c in 13[2456]|139) printf \'{"wrong": "loading them ended with status %s"}\\n\' "$c" '
+        f'>"$D/{PROOF}";; esac\nfi\n'
         for one in target.spec.each()
         if one.spec.ops
     )

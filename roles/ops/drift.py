@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tarfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from roles.environment.spec import Declared, Environments
 from roles.ops import build
 from roles.ops.place import folder
 from roles.ops.probe import OpsState, Seen
+from roles.ops.prove import STAMP
 
 REPAIRS = ("ops-missing", "ops-outdated", "ops-altered")
 """Findings that end with operators compiled here, or brought here."""
@@ -45,11 +47,33 @@ def bundle(want: Mapping[str, str]) -> Path:
     return state_directory() / "ops" / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.tar.gz"
 
 
+def kept_for(want: Mapping[str, str], seen: Seen) -> Path | None:
+    """What the control machine keeps of these operators; None where it has none, or the ones that this
+    node's proof showed to be wrong."""
+    kept = bundle(want)
+    if not kept.is_file():
+        return None
+    if stamp_values(seen.proof).get("wrong") and _stamp_in(kept) in ("", seen.stamp.strip()):
+        return None
+    return kept
+
+
+def _stamp_in(kept: Path) -> str:
+    """The stamp of packed operators; empty where it cannot be read."""
+    try:
+        with tarfile.open(kept, "r:gz") as tar:
+            file = tar.extractfile(f"./{STAMP}")
+            return file.read().decode().strip() if file else ""
+    except (tarfile.TarError, EOFError, OSError, KeyError, ValueError):
+        return ""
+
+
 def first(target: Target[Environments], state: OpsState, peers: Peers) -> str | None:
     """The first of the nodes of this kind that lack the operators: it compiles them, this one takes them."""
     for one in target.spec.each():
         want = wanted(one, target.node, state)
-        if not _lacks(target.node, state, one) or bundle(want).is_file():
+        seen = state.environments.get(one.name, Seen())
+        if not _lacks(target.node, state, one) or kept_for(want, seen):
             continue
         for name, node in target.cluster.nodes.items():
             if name == target.node.name:
@@ -120,7 +144,11 @@ def _operators(one: Declared, seen: Seen, want: Mapping[str, str]) -> Iterator[F
         )
         yield found("ops-altered", what)
         return
-    if stamp_values(seen.proof).get("stamp") != hashlib.sha256(seen.stamp.encode()).hexdigest():
+    proof = stamp_values(seen.proof)
+    if proof.get("wrong"):
+        yield found("ops-altered", f"as they were compiled, but {proof['wrong']}")
+        return
+    if proof.get("stamp") != hashlib.sha256(seen.stamp.encode()).hexdigest():
         yield Finding(
             "ops-unproved",
             f"{names} of {one.name} load, and step as torch does",

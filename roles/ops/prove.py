@@ -2,7 +2,8 @@
 
 Sent to the nodes as text and run by the environment's interpreter. It works on a copy: nothing that it
 does, and no lock of a killed one, reaches the operators themselves. Prints one line ``ID<TAB>what is wrong``
-for each failed proof, and leaves the proof stamp that the everyday look compares.
+for each failed proof, and leaves the proof stamp that the everyday look compares; it says also what is wrong
+with operators that failed, for these are compiled again.
 
     python prove.py FOLDER OP...
 """
@@ -92,6 +93,8 @@ def problems(copy: Path, ops: list[str]) -> Iterator[str]:
         try:
             wrong = PROOFS[name]()
         except Exception as error:
+            if type(error).__name__ == "OutOfMemoryError":  # a job has the GPU: that proves nothing
+                raise
             lines = str(error).strip().splitlines() or [""]
             wrong = f"it does not load: {type(error).__name__}: {lines[0][:300]}"
         if wrong:
@@ -105,17 +108,19 @@ def problems(copy: Path, ops: list[str]) -> Iterator[str]:
 def prove(folder: Path, ops: list[str]) -> list[str]:
     """Run the proofs and leave the stamp. Returns what failed."""
     proof = folder / PROOF
-    proof.unlink(missing_ok=True)  # first: an operator may kill this process
+    proof.unlink(
+        missing_ok=True
+    )  # first: an operator may kill this process, and its caller says so
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch) / "ops"
         shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("lock"))
         os.environ["TORCH_EXTENSIONS_DIR"] = str(copy)
         found = list(problems(copy, ops))
-    if not found:
-        stamp = (folder / STAMP).read_text().rstrip("\n")
-        fresh = proof.with_name(f"{PROOF}.new")
-        fresh.write_text(json.dumps({"stamp": hashlib.sha256(stamp.encode()).hexdigest()}) + "\n")
-        fresh.replace(proof)
+    stamp = (folder / STAMP).read_text().rstrip("\n")
+    shown = {"stamp": hashlib.sha256(stamp.encode()).hexdigest()}
+    fresh = proof.with_name(f"{PROOF}.new")
+    fresh.write_text(json.dumps({"wrong": found[0]} if found else shown) + "\n")
+    fresh.replace(proof)
     return found
 
 

@@ -107,6 +107,25 @@ def test_what_breaks_is_named_and_repaired_without_compiling_again(
     assert site.converge()["totals"]["success"] == 0
 
 
+def test_an_operator_that_fails_its_proof_is_compiled_again_by_one_run(site: Site) -> None:
+    """Its hash is right, and the control machine keeps it too: as a compiler with a fault would leave it."""
+    before = times(site)
+    stamp = f"{FOLDER}/.lockstep-ops.json"
+    for node in NODES:
+        site.shell(
+            node,
+            f"o=$(sha256sum <{LIBRARY}); printf broken >{LIBRARY}; n=$(sha256sum <{LIBRARY}); "
+            f'sed -i "s/${{o%% *}}/${{n%% *}}/" {stamp}; rm {FOLDER}/.lockstep-ops-proof.json; '
+            f"tar --format=posix -C {FOLDER} -czf /shared/kept.tar.gz .",
+        )
+    (kept,) = (site.directory / "state/ops").iterdir()
+    shutil.copy(STATE / "shared/kept.tar.gz", kept)
+    site.converge()
+    assert len(times(site)) == 1 and times(site) != before
+    assert site.verify()["verdict"] == "ok"
+    assert site.converge()["totals"]["success"] == 0
+
+
 def test_an_archive_without_torchs_headers_is_told_in_one_sentence(site: Site) -> None:
     main = yaml.safe_load(site.cluster.read_text())["environments"]["main"]
     trimmed = site.directory / "trimmed.tar.zst"

@@ -429,6 +429,60 @@ def test_a_failed_proof_fails_the_node_in_its_own_words(lab: Lab) -> None:
     assert "node1 a: torch-import: no module torch" in lab.said
 
 
+@pytest.mark.parametrize("busy", [False, True])
+def test_what_a_proof_uncovers_is_repaired_by_the_same_run_unless_that_disturbs(
+    lab: Lab, busy: bool
+) -> None:
+    """A first repair makes ``a``; its proof finds damage, which only the second repair mends."""
+    lab.names = ("node1",)
+    here = lab.folder / "node1"
+
+    def drift(target: Target[Any], state: str, peers: Peers) -> list[Finding]:
+        damaged = Finding("a-damaged", "x", "damage", "mended", disturbs=True)
+        return {"no": [Finding("a-missing", "x", "no", "y")], "bad": [damaged]}.get(state, [])
+
+    def converge(target: Target[Any], state: str, *rest: Any) -> Any:
+        made = "a" if state == "no" else "mended"
+        yield Shell(f"rm -f {here}/bad; touch {here}/{made}")
+
+    a = replace(
+        toy(
+            lab,
+            "a",
+            proof=lambda target: f"cd {here}; test -e mended || {{ touch bad; echo broken; }}",
+        ),
+        probe=lambda target: (
+            f"cd {here}; if test -e bad; then echo bad; elif test -e a; then echo yes; else echo no; fi"
+        ),
+        drift=drift,
+        converge=converge,
+        busy=lambda state: "a job" if busy else None,
+    )
+    assert failed(lab.run(a)) == (["node1"] if busy else [])
+    assert "node1 a: broken" in lab.said and lab.has("node1", "mended") is not busy
+    if busy:
+        assert lab.said[-1].startswith("node1 a: still there after converging: a-damaged")
+
+
+def test_what_is_brought_here_may_decide_what_every_node_is_asked(lab: Lab) -> None:
+    here = lab.folder / "brought"
+    a = toy(
+        lab,
+        "a",
+        steps=lambda node: [
+            Shell(f"sleep 0.2; touch {lab.folder}/{node}/a"),
+            *([Download(f"{lab.folder}/node1/a", here)] if node == "node1" else []),
+        ],
+    )
+    (lab.folder / "node2/a").touch()
+    b = replace(
+        toy(lab, "b", needs=("a",)),
+        probe=lambda target: f"echo {'yes' if here.exists() else 'no'}",
+        converge=lambda *arguments: iter(()),
+    )
+    assert not failed(lab.run(a, b))
+
+
 def test_bytes_that_are_no_utf_8_do_not_make_a_node_unreadable(lab: Lab) -> None:
     a = replace(
         toy(lab, "a"),

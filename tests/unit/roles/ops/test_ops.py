@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import subprocess
+import sys
+import tarfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +21,8 @@ from inventory.cluster import Cluster, Node
 from roles.core.role import Target, Unreadable
 from roles.core.steps import Download, Shell, Upload
 from roles.environment.spec import Environments
-from roles.ops.converge import converge, unlock
+from roles.ops import prove
+from roles.ops.converge import converge, proof, unlock
 from roles.ops.drift import bundle, drift, first, wanted
 from roles.ops.place import variables
 from roles.ops.probe import HELD, LOCKS, Lock, OpsState, Seen, parse, probe
@@ -127,6 +131,87 @@ def test_what_was_never_proved_is_proved_and_nothing_else_is_done() -> None:
     (finding,) = drift(target(), state(replace(seen, proof="")), {})
     assert finding.id == "ops-unproved"
     assert list(converge(target(), state(replace(seen, proof="")), {}, [finding])) == []
+
+
+def disproved(name: str = "node1", wrong: str = "cpu_adam: it does not load") -> OpsState:
+    """A node whose operators are as they were compiled, and failed their proof."""
+    seen = right(target(name)).environments["llm"]
+    return state(replace(seen, proof=json.dumps({"wrong": wrong})))
+
+
+def keep(stamp: str) -> None:
+    """Have operators with this stamp on the control machine, packed as a node does it."""
+    kept = bundle(wanted(target().spec.each()[0], target().node, state()))
+    kept.parent.mkdir(exist_ok=True)
+    with tarfile.open(kept, "w:gz") as tar:
+        member = tarfile.TarInfo("./.lockstep-ops.json")
+        member.size = len(stamp) + 1
+        tar.addfile(member, io.BytesIO(f"{stamp}\n".encode()))
+
+
+def test_what_failed_its_proof_counts_as_altered_and_is_not_taken_from_what_is_kept() -> None:
+    seen = disproved()
+    (finding,) = drift(target(), seen, {})
+    assert finding.id == "ops-altered" and finding.disturbs
+    assert "cpu_adam: it does not load" in finding.seen
+    stamp = seen.environments["llm"].stamp
+    for text, again in ((stamp, True), ("no stamp of these", False)):
+        keep(text)
+        begun = next(converge(target(), seen, {}, [finding]))
+        assert isinstance(begun, Shell if again else Upload)
+        waits = first(target("node2"), disproved("node2"), {"node1": seen})
+        assert waits == ("node1" if again else None)
+    bundle(wanted(target().spec.each()[0], target().node, state())).write_text("cut")
+    assert isinstance(next(converge(target(), seen, {}, [finding])), Shell)
+
+
+@pytest.mark.parametrize(
+    ("end", "wrong"),
+    [
+        ("kill -SEGV $$", "status 139"),
+        ("kill -ILL $$", "status 132"),
+        ("kill -KILL $$", None),
+        ("exit 1", None),
+    ],
+)
+def test_an_operator_that_ends_its_process_is_wrong_but_not_one_that_was_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str, wrong: str | None
+) -> None:
+    monkeypatch.setattr(sys.modules["roles.ops.converge"], "folder", lambda name: str(tmp_path))
+    monkeypatch.setattr(
+        sys.modules["roles.ops.converge"], "python", lambda one, node: f"sh -c '{end}'"
+    )
+    said = subprocess.run(
+        ["dash", "-c", proof(target())], capture_output=True, text=True, check=True
+    )
+    assert said.stdout.startswith(f"ops-load\t{tmp_path}: loading them ended with status ")
+    left = tmp_path / ".lockstep-ops-proof.json"
+    assert left.exists() == (wrong is not None)
+    assert wrong is None or json.loads(left.read_text())["wrong"].endswith(wrong)
+
+
+def test_a_failed_proof_leaves_what_is_wrong_but_not_where_the_gpu_had_no_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class OutOfMemoryError(RuntimeError):
+        """As torch's."""
+
+    def full() -> str:
+        raise OutOfMemoryError("CUDA out of memory")
+
+    (tmp_path / ".lockstep-ops.json").write_text("{}\n")
+    left = tmp_path / ".lockstep-ops-proof.json"
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "")
+    monkeypatch.setitem(prove.PROOFS, "cpu_adam", lambda: "its result is off torch's by 1")
+    assert prove.prove(tmp_path, ["cpu_adam"]) == ["cpu_adam: its result is off torch's by 1"]
+    assert json.loads(left.read_text()) == {"wrong": "cpu_adam: its result is off torch's by 1"}
+    monkeypatch.setitem(prove.PROOFS, "cpu_adam", full)
+    with pytest.raises(OutOfMemoryError):
+        prove.prove(tmp_path, ["cpu_adam"])
+    assert not left.exists()
+    monkeypatch.setitem(prove.PROOFS, "cpu_adam", lambda: None)
+    assert prove.prove(tmp_path, ["cpu_adam"]) == []
+    assert json.loads(left.read_text()) == {"stamp": hashlib.sha256(b"{}").hexdigest()}
 
 
 @pytest.mark.parametrize(
