@@ -11,6 +11,8 @@ from roles.editables.source import Source, SourceProblem, lacking, source_of
 from roles.environment.probe import archive_of, stamp_values
 from roles.environment.spec import Declared, Environments, normal_name, of_metadata
 
+STALE = "env-editable-stale"
+
 
 @dataclass(frozen=True)
 class Wrong:
@@ -35,13 +37,15 @@ def _findings(
     seen = state.environments.get(one.name, Seen())
     archive = archive_of(target.cluster, one)
     for name, path in archive.editables.items() if archive else ():
-        if name not in declared(one) and not seen.sources.get(name):
+        lost = name not in declared(one) and not seen.sources.get(name)
+        if lost and (name, STALE) not in one.accepted:
             yield Finding(
-                "env-editable-stale",
+                STALE,
                 f"{name} in {one.prefix}, an editable install of {path}",
                 "that folder is neither in the archive nor on this node",
                 f"put the source on the control machine and declare environments.{one.name}.editable: "
-                f"{{{name}: FOLDER}}; or install {name} from a wheel before packing the archive",
+                f"{{{name}: FOLDER}}; or install {name} from a wheel before packing the archive; "
+                f"or accept it: {one.acceptance(name, STALE)}",
                 repairable=False,
             )
     yield from (wrong.finding for wrong in wrongs(target, state, one))

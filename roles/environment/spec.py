@@ -114,7 +114,8 @@ class Environment(Strict):
     pins: distribution name to the exact version that replaces the archive's own.
     wheels: directory on the control machine with the wheels of the pins and of ``requirements``.
     index: address of the package index where there is no such directory.
-    unmet: distribution to what it requires that need not be there in the right version.
+    accept: distribution to what is known to be wrong with it and may stay: what it requires and has not in the
+        right version, or the id of a finding about it (env-editable-stale, bnb-cpu).
     ops: DeepSpeed's operators that are compiled before any training starts.
     distribute: the way of the archive: once to the shared storage, from which all nodes read it, or to the
         first node and from each node to the next; None means shared where there is a shared storage.
@@ -142,7 +143,7 @@ class Environment(Strict):
     pins: dict[DistributionName, Annotated[Version, _matching(VERSION, "version")]] = {}
     wheels: ControlPath | None = None
     index: Annotated[str, AfterValidator(_index)] | None = None
-    unmet: dict[DistributionName, list[DistributionName]] = {}
+    accept: dict[DistributionName, list[DistributionName]] = {}
     ops: list[Operator] = []
     distribute: Literal["shared", "nodes"] | None = None
     keep: Literal[0, 1] = 1
@@ -206,6 +207,19 @@ class Declared:
     def replaced(self) -> list[str]:
         """Normal names of the distributions that are not the archive's: pinned or editable."""
         return sorted(map(normal_name, [*self.spec.pins, *self.spec.editable]))
+
+    @property
+    def accepted(self) -> set[tuple[str, str]]:
+        """(distribution, what may stay wrong with it), by normal names."""
+        return {
+            (normal_name(name), normal_name(each))
+            for name, several in self.spec.accept.items()
+            for each in several
+        }
+
+    def acceptance(self, distribution: str, what: str) -> str:
+        """The line of the cluster file that accepts it."""
+        return f"environments.{self.name}.accept: {{{distribution}: [{what}]}}"
 
     @property
     def linked(self) -> list[str]:

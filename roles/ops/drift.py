@@ -18,6 +18,7 @@ from roles.ops.place import folder
 from roles.ops.probe import OpsState, Seen
 from roles.ops.prove import STAMP
 
+NO_GPU = "bnb-cpu"
 REPAIRS = ("ops-missing", "ops-outdated", "ops-altered")
 """Findings that end with operators compiled here, or brought here."""
 
@@ -202,12 +203,13 @@ def _bitsandbytes(node: Node, one: Declared, seen: Seen) -> Iterator[Finding]:
     if not node.gpus or "bitsandbytes" not in seen.versions or not seen.cuda:
         return
     name = f"libbitsandbytes_cuda{''.join(seen.cuda.split('.')[:2])}.so"
-    if name in seen.libraries:
+    if name in seen.libraries or ("bitsandbytes", NO_GPU) in one.accepted:
         return
     yield Finding(
-        "bnb-cpu",
+        NO_GPU,
         f"{name} in bitsandbytes {seen.versions['bitsandbytes']} of {one.name}, for torch's CUDA {seen.cuda}",
         ", ".join(sorted(seen.libraries)) or "no library at all",
-        f"pack {one.name} with a bitsandbytes that has it, or without bitsandbytes",
+        f"pack {one.name} with a bitsandbytes that has it, or without bitsandbytes; "
+        f"or accept it: {one.acceptance('bitsandbytes', NO_GPU)}",
         repairable=False,
     )

@@ -92,7 +92,7 @@ def _fetch(one: Declared, pip: str, wanted: str, may_stay: Sequence[tuple[str, s
     The node's own settings of pip hold, which may name a proxy for the index.
     """
     python = f"{LOGIN} {quote(one.prefix)}/bin/python"
-    way_out = f"pin what is required too, or accept it under environments.{one.name}.unmet"
+    way_out = f"pin what is required too, or accept it under environments.{one.name}.accept"
     return (
         "cd /\nT=$(mktemp -d)\ntrap 'rm -rf \"$T\"' EXIT\n"
         f"{python} {quote(pip)}/pip --disable-pip-version-check --no-input --no-cache-dir download --quiet "

@@ -12,7 +12,7 @@ from roles.environment.probe import archive_of
 from roles.environment.spec import Declared, Environments, normal_name, of_metadata
 from roles.pins.distributions import installed, meets
 from roles.pins.probe import PinsState, Site
-from roles.pins.requirements import acceptance, accepted, conflicts, is_accepted, of_the_archive
+from roles.pins.requirements import acceptance, conflicts, is_accepted, of_the_archive
 from roles.pins.wheels import WheelProblem, pip_wheel, wheels_of
 
 
@@ -123,7 +123,7 @@ def _requirements(
 def known(one: Declared, archive: Archive, machine: str) -> set[tuple[str, str]]:
     """(distribution, what it requires) that may stay unmet: accepted, or the archive's own affair."""
     own = {(each.distribution, each.required) for each in of_the_archive(archive, machine)}
-    return own | {(name, each) for name, names in accepted(one).items() for each in names}
+    return own | one.accepted
 
 
 def remarks(

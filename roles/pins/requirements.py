@@ -92,17 +92,9 @@ def conflicts(cluster: Cluster, one: Declared, archive: Archive, machine: str) -
 
 def is_accepted(one: Declared, wrong: Unmet) -> bool:
     """Whether the cluster file says that this requirement may stay unmet."""
-    return wrong.required in accepted(one).get(wrong.distribution, ())
-
-
-def accepted(one: Declared) -> Mapping[str, list[str]]:
-    """The declaration ``unmet`` with normal names."""
-    return {
-        normal_name(name): list(map(normal_name, required))
-        for name, required in one.spec.unmet.items()
-    }
+    return (wrong.distribution, wrong.required) in one.accepted
 
 
 def acceptance(one: Declared, wrong: Unmet) -> str:
     """The line of the cluster file that accepts it."""
-    return f"environments.{one.name}.unmet: {{{wrong.distribution}: [{wrong.required}]}}"
+    return one.acceptance(wrong.distribution, wrong.required)

@@ -41,7 +41,7 @@ def test_a_pin_that_breaks_another_package_is_refused_until_the_file_accepts_it(
     done = lab.pyinfra("deploy/cluster.py", "-y")
     assert done.returncode != 0 and "Traceback" not in done.stderr
     assert "pin-conflict: want nowhere_near>=2" in done.stderr
-    assert "environments.main.unmet: {shellingham: [nowhere-near]}" in done.stderr
+    assert "environments.main.accept: {shellingham: [nowhere-near]}" in done.stderr
     site = "/opt/lockstep/envs/main/lib/python3.*/site-packages"
     assert "shellingham-1.4" not in lab.shell("node2", f"ls -d {site}/shellingham-*")
     report = lab.verify()
@@ -49,7 +49,7 @@ def test_a_pin_that_breaks_another_package_is_refused_until_the_file_accepts_it(
         ("pins", "pin-conflict")
     }
 
-    accepted = {**refused, "unmet": {"shellingham": ["nowhere-near"]}}
+    accepted = {**refused, "accept": {"shellingham": ["nowhere-near"]}}
     lab.declare(environments={**declared, "main": accepted})
     lab.converge()
     assert "shellingham-1.4" in lab.shell("node2", f"ls -d {site}/shellingham-*")

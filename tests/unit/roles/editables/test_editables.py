@@ -229,6 +229,11 @@ def test_an_editable_install_whose_source_did_not_travel_is_named(
         "llamafactory in /opt/lockstep/envs/llm, an editable install of /home/liu/LLaMA-Factory"
     )
     assert "environments.llm.editable: {llamafactory: FOLDER}" in finding.fix
+    assert "environments.llm.accept: {llamafactory: [env-editable-stale]}" in finding.fix
+    for accepted, found in (("env-editable-stale", 0), ("bnb-cpu", 1)):
+        entry = {"archive": "/a.tar", "accept": {"LLamaFactory": [accepted]}}
+        accepting = replace(where, spec=Environments.model_validate({"llm": entry}))
+        assert len(drift(accepting, state(llamafactory=False), {})) == found
     assert drift(where, state(llamafactory=True), {}) == []  # on this node it is there
     assert "source llamafactory" in probe(where)
 

@@ -252,6 +252,9 @@ def test_bitsandbytes_needs_the_library_of_torchs_cuda_on_nodes_with_gpus() -> N
         (finding,) = drift(where, bitsandbytes("12.4", *libraries), {})
         assert (finding.id, finding.repairable) == ("bnb-cpu", False)
         assert "libbitsandbytes_cuda124.so" in finding.want
+        assert "environments.llm.accept: {bitsandbytes: [bnb-cpu]}" in finding.fix
+    accepting = target(gpus=8, ops=[], accept={"BitsAndBytes": ["bnb-cpu"]})
+    assert ids(accepting, bitsandbytes("12.4", cpu)) == []
     assert ids(target(ops=[]), bitsandbytes("12.4", cpu)) == [], "no GPU, no want of it"
     assert ids(where, bitsandbytes("", cpu)) == [], "torch itself has no CUDA"
 

@@ -253,10 +253,10 @@ def test_what_a_pin_from_an_index_requires_is_judged_before_it_is_installed(tmp_
     assert refused.returncode == 1
     assert refused.stderr.splitlines()[-1] == (
         f"nothing is installed: {venv}: a 2 requires b>=2, and that is not there; "
-        "pin what is required too, or accept it under environments.llm.unmet"
+        "pin what is required too, or accept it under environments.llm.accept"
     )
     assert list(site.iterdir()) == [] and (venv / STAMP).exists()
-    done = run(unmet={"a": ["b"]})
+    done = run(accept={"a": ["b"]})
     assert done.returncode == 0, done.stderr
     assert (site / "a-2.dist-info").is_dir() and (venv / STAMP).exists()
 
@@ -305,7 +305,7 @@ def test_a_pin_that_another_package_does_not_take_is_refused_before_anything_is_
     assert (finding.id, finding.repairable) == ("pin-conflict", False)
     assert finding.want == ("protobuf>=4 in /opt/lockstep/envs/llm, as deepspeed 0.14.0 requires")
     assert finding.seen == "a pin of protobuf 3.20.3"
-    assert "environments.llm.unmet: {deepspeed: [protobuf]}" in finding.fix
+    assert "environments.llm.accept: {deepspeed: [protobuf]}" in finding.fix
 
 
 def test_the_requirements_are_judged_once_for_all_nodes(
@@ -333,7 +333,7 @@ def test_a_conflict_that_the_file_accepts_is_none(
     describing(monkeypatch, **DEEPSPEED)
     where = target(tmp_path, protobuf="3.20.3")
     entry = where.spec.each()[0].spec.model_dump(mode="json") | {
-        "unmet": {"DeepSpeed": ["ProtoBuf"]}
+        "accept": {"DeepSpeed": ["ProtoBuf"]}
     }
     unmet = [["deepspeed", "0.14.0", "protobuf>=4", "protobuf", "3.20.3"]]
     right = state("deepspeed-0.14.0.dist-info", "protobuf-3.20.3.dist-info", unmet=unmet)
@@ -359,7 +359,7 @@ def test_what_a_pinned_wheel_itself_requires_must_be_there(
         ("pin-conflict", "d", "none in the archive"),
     ]
     wheel(tmp_path, "b-2.5-py3-none-any.whl")
-    both = of({"wheels": str(tmp_path), "pins": {"a": "2", "b": "2.5"}, "unmet": {"a": ["d"]}})
+    both = of({"wheels": str(tmp_path), "pins": {"a": "2", "b": "2.5"}, "accept": {"a": ["d"]}})
     assert {one.id for one in drift(both, state(), {})} == {"pin-version"}
 
 
@@ -376,7 +376,7 @@ def test_what_the_archive_itself_does_not_meet_is_a_remark_of_the_head(
     assert drift(where, seen, {}) == []
     [(line, colour)] = list(remarks(where, seen, {}, False))
     assert "tool 1 requires peft<1, and that is not there in the archive of llm" in line
-    assert "environments.llm.unmet: {tool: [peft]}" in line and colour == "yellow"
+    assert "environments.llm.accept: {tool: [peft]}" in line and colour == "yellow"
     worker = Target(where.cluster, NODES["node2"], where.spec)
     assert list(remarks(worker, seen, {}, False)) == []
 
@@ -396,7 +396,7 @@ def test_what_is_newly_unmet_on_a_node_is_a_finding() -> None:
     seen = state("a-1.dist-info", unmet=[["a", "1", "b>=2", "b", "1.0"]])
     finding = only(drift(of({}), seen, {}))
     assert (finding.id, finding.seen, finding.repairable) == ("requirement-unmet", "1.0", False)
-    assert drift(of({"unmet": {"a": ["b"]}}), seen, {}) == []
+    assert drift(of({"accept": {"a": ["b"]}}), seen, {}) == []
 
 
 @pytest.mark.parametrize("checked", ["", "{", '{"key": "x"}', "[]"])
