@@ -29,6 +29,8 @@ LEFT_OUT = re.compile(
     r"|lib/python3[^/]*/site-packages/(trainer|lockstep_trainer-[^/]*|\.lockstep-[^/]*)"
 )
 """Paths that are not compared; the trainer has a role of its own, which looks at its files."""
+AT_EVERY_START = re.compile(r"lib/python3[^/]*/site-packages/([^/]*\.pth|(site|user)customize\.py)")
+"""What every Python reads when it starts: one that was added changes whatever runs there."""
 CHUNK = 1 << 20
 WORKERS = 16
 BATCH_FILES, BATCH_BYTES = 64, 4 << 20
@@ -135,6 +137,20 @@ def digest(files: Mapping[str, File]) -> str:
     distributions are among them, in their metadata."""
     lines = sorted(f"{path}\0{file.content}\n" for path, file in files.items())
     return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
+
+
+def without_added(prefix: Path, before: Mapping[str, File], now: Files, installed: bool) -> Files:
+    """The files that count: those of ``before``, and what runs at every start. What programs add while they
+    run (caches, locks, tables) is no damage and no difference between nodes.
+
+    installed: distributions came or went since; then what a record names counts too.
+    """
+    recorded = owners(prefix) if installed else {}
+    return {
+        path: file
+        for path, file in now.items()
+        if path in before or path in recorded or AT_EVERY_START.fullmatch(path)
+    }
 
 
 def load(prefix: Path) -> Files:

@@ -248,13 +248,16 @@ def changed(
 ) -> tuple[manifest.Files, str]:
     """The files that lie there, and what is wrong with them since they were proved; empty if nothing.
 
-    before: the proof stamp. whole: read all files, also those that nobody touched.
+    before: the proof stamp. tree: what lies there now is installed by right where that of the stamp is
+    another. whole: read all files, also those that nobody touched.
     """
-    known = manifest.load(prefix)
-    if manifest.digest(known) != before.get("files"):
-        known = {}
+    listed = manifest.load(prefix)
+    known = listed if manifest.digest(listed) == before.get("files") else {}
     files = manifest.read(prefix, {} if whole else known)
-    if before.get("tree") != tree or before.get("files") in (None, manifest.digest(files)):
+    same = before.get("tree") == tree
+    if listed:
+        files = manifest.without_added(prefix, listed, files, installed=not same)
+    if not same or before.get("files") in (None, manifest.digest(files)):
         return files, ""
     if known:
         return files, manifest.sentence(prefix, manifest.differences(known, files))
@@ -291,7 +294,8 @@ def prove(prefix: Path, wanted: Mapping[str, Any], mode: str) -> list[tuple[str,
     broken += [("environment-command", text) for one in started if (text := one.problem())]
     found += broken
     if not found:
-        files = manifest.read(prefix, files)  # importing may write some, such as a grammar's tables
+        again = manifest.read(prefix, files)  # importing may write some anew
+        files = manifest.without_added(prefix, files, again, installed=False)
         manifest.save(prefix, files)
         values = facts(files, nccl)
         stamp.update(ok=True, files=values["environment"], facts=values)

@@ -276,10 +276,13 @@ def relink(link: Path) -> None:
     [
         (lambda m: alter(m.site / "greeting.py"), "greeting 1.0: {site}/greeting.py altered"),
         (lambda m: (m.site / "greeting.py").unlink(), "greeting 1.0: {site}/greeting.py missing"),
-        (lambda m: (m.site / "more.py").touch(), "no distribution: {site}/more.py added"),
+        (lambda m: (m.site / "more.pth").touch(), "no distribution: {site}/more.pth added"),
+        (
+            lambda m: (m.site / "sitecustomize.py").touch(),
+            "no distribution: {site}/sitecustomize.py added",
+        ),
         (lambda m: (m.site / "greeting.py").chmod(0o755), "greeting 1.0: {site}/greeting.py alt"),
         (lambda m: relink(m.prefix / "bin/python3"), "no distribution: bin/python3 altered"),
-        (lambda m: os.mkfifo(m.site / "fifo"), "no distribution: {site}/fifo added"),
         (alter_two, "no distribution: bin/activate altered and 1 more"),
     ],
 )
@@ -310,6 +313,38 @@ def test_what_is_no_part_of_an_environment_is_not_compared(right: Machine) -> No
     (right.prefix / "var/cache").mkdir(parents=True)
     (right.prefix / "var/cache/fonts").write_text("x")
     assert prove(right) == "" and prove(right, deep=True) == ""
+
+
+def test_what_programs_add_while_they_run_is_no_damage_and_no_difference(right: Machine) -> None:
+    facts = facts_of(right)
+    for name in ("greeting/cache.lock", "tables.pickle", "kernels/x.so"):
+        (right.site / name).parent.mkdir(exist_ok=True)
+        (right.site / name).write_text("x")
+    os.mkfifo(right.site / "fifo")
+    assert prove(right) == "" and prove(right, deep=True) == "" and right.ids() == []
+    (
+        right.prefix / ".lockstep-proof.json"
+    ).unlink()  # what is proved anew counts no more than before
+    right.settle()
+    assert facts_of(right) == facts
+    (right.site / "tables.pickle").write_text("y")
+    assert prove(right) == ""
+    alter(right.site / "greeting.py")
+    assert "greeting.py altered, in" in prove(right)
+
+
+def test_what_is_installed_by_right_counts_from_then_on_by_its_record(right: Machine) -> None:
+    (right.site / "tables.pickle").write_text("x")
+    (right.site / "greeting-1.0.dist-info/RECORD").write_text(
+        "greeting.py,,\ngreeting-1.0.dist-info/RECORD,,\nextra.py,,\n"
+    )
+    (right.site / "extra.py").touch()
+    now = manifest.read(right.prefix, {})
+    known = manifest.load(right.prefix)
+    site = right.site.relative_to(right.prefix)
+    for installed, expected in ((True, {f"{site}/extra.py"}), (False, set())):
+        counted = manifest.without_added(right.prefix, known, now, installed)
+        assert counted.keys() - known.keys() == expected
 
 
 def test_accelerate_is_proved_where_the_environment_has_it(right: Machine) -> None:
