@@ -148,7 +148,7 @@ class Site:
         """``lab up`` for all its nodes. write: the cluster file to write, in place of its own."""
         nodes = ("--os", self.systems, "--nodes", str(len(self.nodes)))
         done = self.lockstep(
-            *("lab", "up", *nodes, "--write", str(write or self.cluster), *arguments), timeout=900
+            *("lab", "up", *nodes, "--write", str(write or self.cluster), *arguments), timeout=1500
         )
         assert done.returncode == 0, done.stdout + done.stderr
 
@@ -274,7 +274,7 @@ def _held(site: Site) -> Iterator[None]:
     """
     site.state.mkdir(parents=True, exist_ok=True)
     with (site.state / "tests.lock").open("w") as lock, (site.state / "down.log").open("w+") as log:
-        site.wait(f"{site.state} is free of other tests", lambda: _locked(lock.fileno()), 60)
+        site.wait(f"{site.state} is free of other tests", lambda: _locked(lock.fileno()), 300)
         script = 'cat >/dev/null; exec "$0" lab down'
         down = subprocess.Popen(
             ["sh", "-c", script, str(BIN / "lockstep")],
