@@ -11,6 +11,7 @@ from roles import (
     environment,
     exports,
     fabric,
+    fetch,
     hosts,
     job,
     limits,
@@ -47,5 +48,6 @@ converge(editables.role)
 converge(pins.role)
 converge(nccl.role)
 converge(ops.role)
+converge(fetch.role)
 converge(trainer.role)
 converge(job.role)

@@ -22,7 +22,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument(
         "--deep",
         action="store_true",
-        help="read every file of the environments again, which may take minutes",
+        help="read every file of the environments, models and data again, which may take long",
     )
     parser.set_defaults(handler=_handle)
 

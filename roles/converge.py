@@ -30,9 +30,10 @@ from inventory.job import check_job, load_job
 from roles import registry
 from roles.core import session
 from roles.core.chain import Chain, upload
+from roles.core.here import run_here
 from roles.core.look import AnyRole, Looks, target_of
 from roles.core.role import PROOF_SECONDS, Finding, Target, Unreadable, required
-from roles.core.steps import Download, Meet, NewLogin, Shell, Step, Upload, UploadFolder
+from roles.core.steps import Download, Here, Meet, NewLogin, Shell, Step, Upload, UploadFolder
 from roles.core.upload import download, upload_folder
 
 ROUNDS = 2
@@ -368,6 +369,8 @@ def _carry_out(state: State, host: Host, step: Step) -> bool:
                 download(host, step)
             case UploadFolder():
                 upload_folder(host, step)
+            case Here():
+                run_here(host, step)
             case NewLogin():
                 session.new_login(host)
     except session.Told:

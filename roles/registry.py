@@ -16,6 +16,7 @@ from roles import (
     environment,
     exports,
     fabric,
+    fetch,
     hosts,
     job,
     limits,
@@ -53,6 +54,7 @@ ROLES: tuple[AnyRole, ...] = (
     pins.role,
     nccl.role,
     ops.role,
+    fetch.role,
     trainer.role,
     job.role,
 )

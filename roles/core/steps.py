@@ -1,5 +1,5 @@
 """The steps a role yields to change a node: a shell command, a file's text, files from here
-or to here, a new login.
+or to here, a program here, a new login.
 
 A step says what it does; ``converge`` carries it out. Steps hold no secrets: keys are made on the node.
 """
@@ -97,7 +97,17 @@ class Meet:
     seconds: int = 180
 
 
-Step = Shell | Upload | UploadFolder | Download | NewLogin | Meet
+@dataclass(frozen=True)
+class Here:
+    """Run a program on the control machine; what it prints on standard output is said, line by line.
+
+    Where it ends with an error, the node fails with the last line of its standard error.
+    """
+
+    command: tuple[str, ...]
+
+
+Step = Shell | Upload | UploadFolder | Download | Here | NewLogin | Meet
 
 Quoted = Callable[[str], str]
 quote: Quoted = shlex.quote

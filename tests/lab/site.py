@@ -311,7 +311,10 @@ def bring_up(state: Path, systems: str = OS, count: int = 2) -> Iterator[Site]:
     with bare(state, *environment, *job, *packages, systems=systems, count=count) as site:
         driver = {**SECTIONS["driver"], "nodes": list(site.nodes)}
         site.declare(
-            **{**SECTIONS, "driver": driver}, environments=_environments(site), limits=_limits(site)
+            **{**SECTIONS, "driver": driver},
+            environments=_environments(site),
+            limits=_limits(site),
+            fetch=_fetch(site),
         )
         site.stand_in_kernels()
         site.stand_in_fabric()
@@ -343,6 +346,15 @@ def _environments(site: Site) -> dict[str, Any]:
         "editable": {TOOL.name: str(tool)},
     }
     return declared
+
+
+def _fetch(site: Site) -> dict[str, Any]:
+    """A few files of this machine in the place of a model."""
+    words = site.directory / "words"
+    words.mkdir()
+    for name in ("one", "two"):
+        (words / f"{name}.txt").write_text(f"{name}\n" * 1000)
+    return {"words": {"directory": str(words), "path": "/shared/models/words"}}
 
 
 def _limits(site: Site) -> dict[str, Any]:

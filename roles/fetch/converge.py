@@ -1,0 +1,156 @@
+"""Fetches models and data, brings them to the storage beside their place, and puts them there whole."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from inventory.cluster import Cluster
+from inventory.settings import state_directory
+from roles.core.role import Finding, Peers, Target
+from roles.core.steps import Download, Here, Shell, Step, Upload, quote, settled
+from roles.environment.converge import here_script
+from roles.fetch.drift import RUN, pairs
+from roles.fetch.hub import MANIFEST, Asked
+from roles.fetch.probe import FILES, FetchState, Seen
+from roles.fetch.spec import COMMIT, HUB, Declared, FetchSpec, environment_of
+
+HERE = Path(__file__).parent
+SECONDS = 48 * 3600
+"""Time limit of what reads or moves a whole model or data set."""
+
+
+def converge(
+    target: Target[FetchSpec], state: FetchState, peers: Peers, findings: Sequence[Finding]
+) -> Iterator[Step]:
+    """For each one: what is right there is noted, the rest is fetched beside it, and both take its place."""
+    for one, finding in list(pairs(target, state)):
+        if finding not in findings or not finding.repairable:
+            continue
+        commit = pinned(one, state.fetched.get(one.name, Seen("absent")), finding)
+        yield Shell(survey(one), SECONDS)
+        if one.spec.on == "head":
+            yield from _by_head(target, one, commit)
+        else:
+            yield from _by_this_machine(target, one, commit, state.free)
+        yield Shell(arrive(one), SECONDS)
+        if one.spec.on == "control":
+            yield Here(("rm", "-rf", str(workshop(target.cluster, one))))
+
+
+def pinned(one: Declared, seen: Seen, finding: Finding) -> str | None:
+    """The commit to fetch; None where the hub is to say it: the first time, and where this run asks for it."""
+    if COMMIT.fullmatch(one.spec.revision):
+        return one.spec.revision
+    stamp = seen.values
+    same = stamp.get("source") == one.source and stamp.get("revision") == one.spec.revision
+    return str(stamp["commit"]) if same and finding.id != "fetch-refresh" else None
+
+
+def workshop(cluster: Cluster, one: Declared) -> Path:
+    """Where it grows on the control machine."""
+    return state_directory() / "fetched" / cluster.name / one.name
+
+
+def asked(cluster: Cluster, one: Declared, folder: str, commit: str | None) -> Asked:
+    """What ``hub.py`` is asked for, wherever it runs."""
+    spec = one.spec
+    token = spec.token.model_dump(exclude_none=True) if spec.token else None
+    if token and "file" in token and spec.on == "control":
+        token["file"] = str(cluster.at_hand(token["file"]))
+    return Asked(
+        name=one.name,
+        folder=folder,
+        source=one.source,
+        run=RUN,
+        kind="model" if spec.model else "dataset",
+        repository=spec.model or spec.dataset or "",
+        directory=str(cluster.at_hand(spec.directory)) if spec.directory else "",
+        revision="" if spec.directory else spec.revision,
+        commit=commit,
+        include=spec.include,
+        exclude=spec.exclude,
+        endpoint=spec.endpoint or HUB,
+        proxy=spec.proxy,
+        token=token,
+    )
+
+
+def program(one: Asked) -> tuple[str, ...]:
+    """The command that fetches on this machine; a token is not in it."""
+    return sys.executable, "-I", str(HERE / "hub.py"), json.dumps(asdict(one))
+
+
+def survey(one: Declared) -> str:
+    """Shell: the folder where it grows, with the lines of the manifest whose files are right (``before``), and
+    the hashes of large files that an earlier run brought there (``arrived``)."""
+    return (
+        f"umask 022\n{FILES}\nt={quote(one.path)} a={quote(one.arriving)}\n"
+        'mkdir -p "$a"/files\n: >"$a"/before\n'
+        'if ! test -e "$t" && test -d "$a"/old; then mv -T "$a"/old "$t"; fi\n'
+        f'if test -f "$t"/{MANIFEST}; then (cd "$t" && files 100000000 right) >"$a"/before; fi\n'
+        'cd "$a"/files\n'
+        "find . -path ./.cache -prune -o -type f ! -name '.lockstep-*' ! -path '*.arriving/*' "
+        "-exec sha256sum {} + >../arrived\n"
+    )
+
+
+def _by_head(target: Target[FetchSpec], one: Declared, commit: str | None) -> Iterator[Step]:
+    environment = environment_of(target.cluster, one)
+    assert environment is not None  # the spec's check
+    request = asked(target.cluster, one, one.arriving, commit)
+    request = replace(request, before=f"{one.arriving}/before")
+    python = quote(f"{environment.prefix}/bin/python")
+    yield Shell(
+        f"cd /\n{python} -I - {quote(json.dumps(asdict(request)))} {here_script('hub.py', HERE)}",
+        SECONDS,
+        show=True,
+    )
+
+
+def _by_this_machine(
+    target: Target[FetchSpec], one: Declared, commit: str | None, free: int | None
+) -> Iterator[Step]:
+    """Fetched here; large files travel one by one, so that each is continued, and the others together."""
+    folder = workshop(target.cluster, one)
+    for name in ("before", "arrived"):
+        yield Download(f"{one.arriving}/{name}", folder / name)
+    request = asked(target.cluster, one, str(folder), commit)
+    room = None if free is None else free * 1024
+    yield Here(program(replace(request, before=str(folder / "before"), room=room, pack=True)))
+    plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+    arrived = set((folder / "arrived").read_text(encoding="utf-8").splitlines())
+    for path, source, sha256 in plan["large"]:
+        if f"{sha256}  ./{path}" not in arrived:
+            place = f"{one.arriving}/files/{path}"
+            yield Shell(f"umask 022; mkdir -p {quote(str(Path(place).parent))}")
+            yield Upload(Path(source), place, sha256, seconds=SECONDS)
+    small = f"{one.arriving}/small.tar"
+    yield Upload(folder / "small.tar", small, plan["small"], seconds=SECONDS)
+    yield Shell(
+        f"umask 022; cd {quote(one.arriving)}/files; tar -xf ../small.tar --no-same-owner", SECONDS
+    )
+
+
+def arrive(one: Declared) -> str:
+    """Shell: what was right before joins what came, all is there by its size, and the whole takes its place."""
+    return (
+        f"umask 022\n{FILES}\nt={quote(one.path)} a={quote(one.arriving)}\n"
+        'cd "$a"/files\n'
+        "chmod -R u=rwX,go=rX .\n"
+        # What an earlier attempt at another revision left.
+        f"{{ cut -f 4 {MANIFEST} | sed 's/^/=/'; find . -type f ! -path './.lockstep-*' | cut -c 3-; }} |\n"
+        "  awk '/^=/ { keep[substr($0, 2)] = 1; next } !($0 in keep)' | while IFS= read -r f; do rm -f \"./$f\"; done\n"
+        f"cut -f 4 {MANIFEST} | while IFS= read -r f; do\n"
+        '  if ! test -f "./$f" && test -f "$t/$f"; then\n'
+        '    case $f in */*) mkdir -p "./${f%/*}";; esac\n'
+        '    ln "$t/$f" "./$f" 2>/dev/null || cp -p "$t/$f" "./$f"; fi\ndone\n'
+        "lacking=$(files 100000000 wrong | head -n 1)\n"
+        'if test -n "$lacking"; then echo "$lacking did not arrive whole: converge again" >&2; exit 1; fi\n'
+        "cd ..\n"
+        f'{settled(".")}\nrm -rf old; mkdir -p "${{t%/*}}"\n'
+        'if test -e "$t"; then mv -T "$t" old; fi\nmv -T files "$t"\ncd /; rm -rf "$a"\n'
+    )
