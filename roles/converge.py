@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -370,7 +371,7 @@ def _carry_out(state: State, host: Host, step: Step) -> bool:
             case UploadFolder():
                 upload_folder(host, step)
             case Here():
-                run_here(host, step)
+                run_here(step.command, partial(session.say, host))
             case NewLogin():
                 session.new_login(host)
     except session.Told:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from deploy.bundle import debs, rpms, wanted, wheels
+from deploy.bundle import debs, models, rpms, wanted, wheels
 from deploy.bundle.cluster_file import packed_source, rewritten
 from deploy.bundle.store import MIB, BundleError, Store
 from inventory.cluster import Cluster
@@ -17,6 +17,7 @@ from roles.editables.source import SourceProblem, source_of
 from roles.environment import sources as environments
 from roles.environment.archive import ArchiveProblem
 from roles.environment.spec import Declared, Environments
+from roles.fetch.spec import FetchSpec
 from roles.packages.managers import Manager
 from roles.packages.sources import apt_line, key_name, rpm_section
 from roles.packages.spec import PackagesSpec
@@ -28,8 +29,8 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "bundle",
         help="gather all that a cluster without internet needs",
         description=(
-            "Gather packages for each system of the nodes, wheels and environment archives into a folder, with a "
-            "cluster file that uses them. Run it where the sources can be reached. Where the nodes cannot be "
+            "Gather packages for each system of the nodes, wheels, environment archives, models and data into a "
+            "folder, with a cluster file that uses them. Run it where the sources can be reached. Where the nodes cannot be "
             "reached from there, run it with --ask where they can, and carry the folder over."
         ),
     )
@@ -78,10 +79,15 @@ def bundle(cluster: Cluster, folder: Path, ask_only: bool, say: Callable[[str], 
         machines = [system.machine for system in systems]
         if archive := _environment(store, cluster, one, machines, say):
             archives[one.name] = archive
+    fetched = {}
+    fetch = cluster.section("fetch", FetchSpec)
+    for model in fetch.each(cluster) if fetch else []:
+        models.gather(store, cluster, model, say)
+        fetched[model.name] = model.path
     if cluster.job is not None:
         store.copy(cluster.job, "job.yaml")
     values = read_mapping(cluster.path).values
-    text = rewritten(cluster.path, values, archives, cluster.job is not None)
+    text = rewritten(cluster.path, values, archives, fetched, cluster.job is not None)
     store.write("cluster.yaml", text)
     total = store.close()
     say(f"{folder}: {total / MIB:.0f} MiB; use {folder / 'cluster.yaml'}, as by LOCKSTEP_CLUSTER")

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from deploy.bundle.models import place
 from roles.environment.spec import normal_name
 
 HEADER = (
@@ -17,10 +18,17 @@ HEADER = (
 )
 
 
-def rewritten(path: Path, values: Mapping[str, Any], files: Mapping[str, str], job: bool) -> str:
+def rewritten(
+    path: Path,
+    values: Mapping[str, Any],
+    files: Mapping[str, str],
+    fetched: Mapping[str, str],
+    job: bool,
+) -> str:
     """The text. path, values: the user's file as it was read, and what it says.
 
-    files: the archive in the bundle of each environment, but of those that lie on the shared storage. job: the job file lies beside as ``job.yaml``.
+    files: the archive in the bundle of each environment, but of those that lie on the shared storage.
+    fetched: where each model and data set lies on the nodes. job: the job file lies beside as ``job.yaml``.
     """
     declared = copy.deepcopy(dict(values))
     folder = path.absolute().parent
@@ -41,6 +49,8 @@ def rewritten(path: Path, values: Mapping[str, Any], files: Mapping[str, str], j
             one["wheels"] = f"wheels/{name}"
         if one.get("editable"):
             one["editable"] = {each: packed_source(name, each) for each in one["editable"]}
+    for name, there in fetched.items():
+        declared["fetch"][name] = {"directory": place(name), "path": there}
     if job:
         declared["job"] = "job.yaml"
     return HEADER.format(name=path.name) + yaml.safe_dump(

@@ -13,7 +13,7 @@ from roles.packages import bundle
 BEFORE = ".manifest-before.json"
 """The manifest of the last whole bundle, while one is made: without it nothing takes the folder for whole."""
 
-OWN = ("packages", "environments", "wheels", "sources")
+OWN = ("packages", "environments", "wheels", "sources", "models")
 """The folders in it, in which nothing else may lie."""
 
 

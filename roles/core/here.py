@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import subprocess
 import tempfile
-
-from pyinfra.api.host import Host
+from collections.abc import Callable, Sequence
 
 from roles.core import session
-from roles.core.steps import Here
 
 
-def run_here(node: Host, step: Here) -> None:
-    """Carry a Here out, while other nodes go on. Raises NodeFailed."""
-    name = step.command[0]
+def run_here(command: Sequence[str], say: Callable[[str], None]) -> None:
+    """Run it, while other nodes go on; what it prints is said. Raises NodeFailed with its last complaint."""
+    name = command[0]
     with tempfile.TemporaryFile("w+", errors="replace") as complaints:
         try:
             with subprocess.Popen(
-                step.command,
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=complaints,
@@ -27,7 +25,7 @@ def run_here(node: Host, step: Here) -> None:
                 assert process.stdout is not None
                 try:
                     for line in process.stdout:
-                        session.say(node, line.rstrip())
+                        say(line.rstrip())
                 except BaseException:
                     process.terminate()
                     raise

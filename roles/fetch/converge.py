@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from inventory.cluster import Cluster
 from inventory.settings import state_directory
@@ -30,7 +31,8 @@ def converge(
     for one, finding in list(pairs(target, state)):
         if finding not in findings or not finding.repairable:
             continue
-        commit = pinned(one, state.fetched.get(one.name, Seen("absent")), finding)
+        stamp = state.fetched.get(one.name, Seen("absent")).values
+        commit = pinned(one, {} if finding.id == "fetch-refresh" else stamp)
         yield Shell(survey(one), SECONDS)
         if one.spec.on == "head":
             yield from _by_head(target, one, commit)
@@ -41,13 +43,13 @@ def converge(
             yield Here(("rm", "-rf", str(workshop(target.cluster, one))))
 
 
-def pinned(one: Declared, seen: Seen, finding: Finding) -> str | None:
-    """The commit to fetch; None where the hub is to say it: the first time, and where this run asks for it."""
+def pinned(one: Declared, stamp: Mapping[str, Any]) -> str | None:
+    """The commit that is declared, or that the stamp has of the same revision; None where the hub is to say it."""
     if COMMIT.fullmatch(one.spec.revision):
         return one.spec.revision
-    stamp = seen.values
     same = stamp.get("source") == one.source and stamp.get("revision") == one.spec.revision
-    return str(stamp["commit"]) if same and finding.id != "fetch-refresh" else None
+    commit = stamp.get("commit")
+    return commit if same and one.spec.directory is None and isinstance(commit, str) else None
 
 
 def workshop(cluster: Cluster, one: Declared) -> Path:

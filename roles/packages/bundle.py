@@ -28,7 +28,10 @@ INDEX: dict[Manager, str] = {"apt": "Packages", "rpm": "repodata/repomd.xml"}
 ONE_MAJOR = ("rhel", "centos", "rocky", "almalinux", "ol", "anolis")
 """Systems whose minor releases take the same packages."""
 
-FILE = re.compile(r"(?!\.\.?/)[A-Za-z0-9][A-Za-z0-9._+%~^@-]*(/[A-Za-z0-9][A-Za-z0-9._+%~^@-]*)*")
+_WORD = r"[A-Za-z0-9][A-Za-z0-9._+%~^@-]*"
+_NAME = r"(?!\.\.?(?:/|\Z))[^/\\\x00-\x1f\x7f]+"
+FILE = re.compile(rf"(?!models/){_WORD}(/{_WORD})*|models(/{_NAME})+")
+"""Names of packages and the like are plain; files of models and data are called as their makers like."""
 
 
 class BadBundle(ValueError):

@@ -25,7 +25,10 @@ from roles.editables.source import source_of
 from roles.environment import sources
 from roles.environment.archive import Archive
 from roles.environment.spec import Environments
+from roles.fetch.hub import identity
+from roles.fetch.spec import FetchSpec
 from roles.packages import bundle as manifests
+from tests.local_hub import local_hub
 
 DEBIAN = System(
     id="debian", release="12", machine="x86_64", manager="apt", nodes=["node1"], packages=["zstd"]
@@ -248,7 +251,7 @@ def test_the_file_of_the_bundle_uses_what_it_holds_and_finds_what_it_does_not(
 ) -> None:
     cluster = cluster_in(tmp_path)
     files = {"main": "environments/main/main.tar", "other": "environments/other/other.tar"}
-    text = rewritten(cluster.path, yaml.safe_load(CLUSTER), files, job=False)
+    text = rewritten(cluster.path, yaml.safe_load(CLUSTER), files, {}, job=False)
     folder = tmp_path / "bundle"
     folder.mkdir()
     filled(folder, "packages/debian-12-x86_64/Packages")
@@ -292,6 +295,49 @@ def test_sources_of_editable_packages_are_in_the_bundle_as_they_are_here(
     assert source_of(found, one, "Rehearsal_Tool").parcel.sha256 == (
         source_of(cluster, before, "Rehearsal_Tool").parcel.sha256
     )
+
+
+def test_models_and_data_are_in_the_bundle_and_a_damaged_file_alone_is_fetched_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {"config.json": b"{}", ".gitattributes": b"x", "a b/model.bin": b"weights" * 1000}
+    monkeypatch.setenv("LOCKSTEP_STATE", str(tmp_path / "state"))
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/说明.txt").write_text("text")
+    head = CLUSTER.partition("environments:")[0]
+    with local_hub() as hub:
+        commit = hub.model("org/llama", files)
+        fetch = (
+            f"  llama: {{model: org/llama, endpoint: '{hub.address}', exclude: [x]}}\n"
+            "  own: {directory: own, path: /data/own}\n"
+        )
+        (tmp_path / "hosts.yaml").write_text(f"{head}fetch:\n{fetch}")
+        cluster_in(tmp_path)
+        cluster, folder = registry.read(tmp_path / "hosts.yaml"), tmp_path / "bundle"
+        answer = Wanted(cluster=digest(cluster.path), systems=[DEBIAN])
+        monkeypatch.setattr(wanted, "ask", lambda cluster: answer)
+        monkeypatch.setattr(debs, "gather", lambda *given: (0, 0, 0))
+        said: list[str] = []
+        cli.bundle(cluster, folder, False, said.append)
+        whole = manifests.read(folder)
+        (folder / "models/llama/files/config.json").write_bytes(b"[]")
+        hub.model("org/llama", {"config.json": b"the branch moved on"})
+        hub.forget()
+        cli.bundle(cluster, folder, False, said.append)
+        assert hub.fetched == ["config.json"]
+    manifests.read.cache_clear()
+    names = [name for name in whole.files if name.startswith("models/")]
+    assert {*names} >= {f"models/llama/files/{path}" for path in files} | {
+        "models/own/files/说明.txt"
+    }
+    assert [*manifests.read(folder).files] == [*whole.files]
+    found = registry.read(folder / "cluster.yaml")
+    section = found.section("fetch", FetchSpec)
+    assert section is not None
+    llama, own = section.each(found)
+    assert (llama.path, own.path) == ("/data/models/llama", "/data/own")
+    assert llama.spec.directory is not None
+    assert identity(found.at_hand(llama.spec.directory)) == commit
 
 
 def test_of_two_kinds_of_machines_each_keeps_its_wheel(tmp_path: Path) -> None:

@@ -1,0 +1,51 @@
+"""Models and data sets in the bundle: fetched from their hub, or copied from a directory, with their hashes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from deploy.bundle.store import BundleError, Store
+from inventory.cluster import Cluster
+from roles.core.here import run_here
+from roles.core.session import NodeFailed
+from roles.fetch.converge import asked, pinned, program
+from roles.fetch.hub import MANIFEST, STAMP, manifest
+from roles.fetch.spec import Declared
+
+
+def place(name: str) -> str:
+    """The directory of that model or data set in the bundle."""
+    return f"models/{name}/files"
+
+
+def gather(store: Store, cluster: Cluster, one: Declared, say: Callable[[str], None]) -> None:
+    """Have its files, its manifest and its stamp there. A branch stays at the commit of the last bundle.
+
+    Raises BundleError.
+    """
+    folder = store.folder / "models" / one.name
+    files = store.folder / place(one.name)
+    request = asked(cluster, one, str(folder), pinned(one, _stamp(files)))
+    try:
+        run_here(program(request), say)
+    except NodeFailed as error:
+        raise BundleError(str(error)) from None
+    for path, file in manifest(files / MANIFEST).items():
+        name = f"{place(one.name)}/{path}"
+        if one.spec.directory is not None:
+            store.copy(cluster.at_hand(one.spec.directory) / path, name)
+        else:
+            store.keep(name, file.sha256)
+    for own in (MANIFEST, STAMP):
+        store.keep(f"{place(one.name)}/{own}")
+
+
+def _stamp(files: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((files / STAMP).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
