@@ -166,8 +166,8 @@ class Site:
         assert results["failed_hosts"] == [], done.stderr[-4000:]
         return results
 
-    def verify(self) -> dict[str, Any]:
-        done = self.lockstep("verify", "--json")
+    def verify(self, *arguments: str) -> dict[str, Any]:
+        done = self.lockstep("verify", "--json", *arguments)
         assert done.returncode in (0, 1, 2), done.stderr[-4000:]
         assert "Traceback" not in done.stderr, done.stderr[-4000:]
         report: dict[str, Any] = json.loads(done.stdout)

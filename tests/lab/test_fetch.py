@@ -25,8 +25,7 @@ PLACE = "/shared/models/llama"
 def site() -> Iterator[Site]:
     """Two nodes that share a directory and are right otherwise."""
     with bare(STATE) as lab:
-        unmanaged = {"manage": "unmanaged"}
-        lab.declare(packages=unmanaged, pdsh=unmanaged, trainer=unmanaged)
+        lab.declare(**{name: {"manage": "unmanaged"} for name in ("packages", "pdsh", "trainer")})
         yield lab
 
 
