@@ -114,6 +114,9 @@ nccl: {version: "2.21.5"}
 environments:
   one: {archive: one.tar, pins: {protobuf: "3.20.3"}, index: "https://mirror.lan/simple"}
   two: {archive: two.tar, on_path: false}
+fetch:
+  llama: {model: org/llama}
+  corpus: {dataset: org/corpus, on: head, environment: one}
 job: job.yaml
 """
 JOB = """\
