@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import signal
+import stat
 import sys
 import tarfile
 import threading
@@ -187,8 +188,9 @@ def entries(top: Path) -> Iterator[tuple[str, int]]:
         folders[:] = sorted(each for each in folders if each not in LEFT_OUT)
         for each in sorted(names):
             path = Path(name, each)
-            if each not in (MANIFEST, STAMP):
-                yield str(path.relative_to(top)), path.stat().st_size
+            status = path.stat()
+            if each not in (MANIFEST, STAMP) and stat.S_ISREG(status.st_mode):
+                yield str(path.relative_to(top)), status.st_size
 
 
 def identity(top: Path) -> str:

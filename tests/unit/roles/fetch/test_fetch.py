@@ -356,6 +356,7 @@ def test_a_directory_takes_the_place_of_a_hub(site: Site, tmp_path: Path) -> Non
         (source / path).write_bytes(text)
     (source / ".git").mkdir()
     (source / ".git/config").write_text("no content")
+    os.mkfifo(source / "pipe")
     site.declare(own={"directory": "source", "path": str(site.shared / "own")})
     site.converge()
     assert content(site.shared / "own") == FILES and site.hub.asked == []
