@@ -1,14 +1,16 @@
 """The source of an editable install on the control machine: packed by content, and what it is built with.
 
-It is a folder, or what was packed of one, as ``lockstep bundle`` gathers it.
+It is packed again only when a file's name, size or time changed. It is a folder, or what was packed of one, as ``lockstep bundle`` gathers it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,8 +21,9 @@ from tomlkit.exceptions import TOMLKitError
 
 from inventory.cluster import Cluster
 from inventory.settings import state_directory
-from roles.environment.archive import Archive
+from roles.environment.archive import Archive, ArchiveProblem
 from roles.environment.parcel import Parcel
+from roles.environment.sources import entries, state_of
 from roles.environment.spec import Declared, normal_name
 from roles.pins.prove import Installed
 from roles.pins.requirements import of_archive, unmet_on
@@ -86,7 +89,9 @@ def _source(place: Path, name: str, state: Path) -> Source:
         if not place.is_dir():
             raise SourceProblem(f"there is no folder {place} on this machine")
         requires = _build_requirements(place, name, lambda file: _text(place / file))
-        packed = _pack(place, state / "sources" / name)
+        packed = _packed(place, state / "sources" / name)
+    except ArchiveProblem as problem:
+        raise SourceProblem(str(problem)) from None
     except OSError as error:
         raise SourceProblem(
             f"{error.filename or place} cannot be read: {error.strerror or error}"
@@ -142,6 +147,26 @@ def _build_requirements(
     return requires
 
 
+def _packed(folder: Path, into: Path) -> Path:
+    """What was packed of the folder as it is now, which a link remembers; packed now where nothing was."""
+    before = state_of(folder, LEFT_OUT)
+    key = hashlib.sha256(f"{folder}\n{before}".encode()).hexdigest()
+    link = into / f"{key}.packed"
+    if link.is_file():
+        packed = into / link.readlink()
+        packed.touch()  # it is young again: no other run may forget it
+        return packed
+    packed = _pack(folder, into)
+    if state_of(folder, LEFT_OUT) != before:
+        raise SourceProblem(f"{folder} changed while it was packed: run again")
+    for old in into.glob("*.packed"):
+        if not old.is_file():  # what it leads to was forgotten
+            old.unlink(missing_ok=True)
+    with suppress(FileExistsError):  # another run packed the same
+        link.symlink_to(packed.name)
+    return packed
+
+
 def _pack(folder: Path, into: Path) -> Path:
     """A tar that is the same for the same content, whoever packs it and when; named by its SHA-256."""
     into.mkdir(parents=True, exist_ok=True)
@@ -149,7 +174,9 @@ def _pack(folder: Path, into: Path) -> Path:
     total = 0
     try:
         with tarfile.open(fresh, "w", format=tarfile.PAX_FORMAT) as tar:
-            for path in _files(folder):
+            for path in sorted(entries(folder, LEFT_OUT)):
+                if path.is_dir() and not path.is_symlink():
+                    continue
                 member = _member(folder, path)
                 total += member.size
                 if total > MAX_BYTES:
@@ -170,16 +197,6 @@ def _pack(folder: Path, into: Path) -> Path:
         if old.stat().st_mtime < packed.stat().st_mtime - KEPT_SECONDS:
             old.unlink(missing_ok=True)
     return packed
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    for path in sorted(folder.iterdir()):
-        if LEFT_OUT.fullmatch(path.name):
-            continue
-        if path.is_dir() and not path.is_symlink():
-            yield from _files(path)
-        else:
-            yield path
 
 
 def _member(folder: Path, path: Path) -> tarfile.TarInfo:

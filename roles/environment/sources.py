@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO
@@ -38,6 +38,8 @@ RECIPE = 1
 
 CACHES = {"__pycache__", ".cache", ".git"}
 """Folders of a directory that are left out: they change whenever it is used."""
+OF_CACHES, NOTHING = re.compile("|".join(map(re.escape, sorted(CACHES)))), re.compile("(?!)")
+"""Names that are left out of what is packed."""
 
 SCRATCH, MADE = "making-", "made"
 """Beginning of a folder's name in which something is made, and the archive's name in it."""
@@ -144,18 +146,21 @@ def _of_directory(directory: Path, folder: Path) -> Path:
         raise ArchiveProblem(f"there is no directory {directory} on this machine")
 
     def make(scratch: Path) -> None:
-        pack(directory, scratch / MADE, CACHES)
-        if _content(directory) != before:
+        pack(directory, scratch / MADE, OF_CACHES)
+        if state_of(directory, OF_CACHES) != before:
             raise ArchiveProblem(f"{directory} changed while it was packed: run again")
 
-    before = _content(directory)
+    before = state_of(directory, OF_CACHES)
     return _made(folder, _key([RECIPE, before]), f"packing {directory}", make)
 
 
-def _content(directory: Path) -> str:
-    """A directory's state by its files' names, kinds, sizes and times, without reading them."""
+def state_of(directory: Path, left_out: re.Pattern[str]) -> str:
+    """A directory's state by its files' names, kinds, sizes and times, without reading them.
+
+    Raises ArchiveProblem for what cannot be read.
+    """
     digest = hashlib.sha256()
-    for path in entries(directory, CACHES):
+    for path in entries(directory, left_out):
         try:
             status = path.lstat()
         except OSError as error:  # it went meanwhile
@@ -170,23 +175,23 @@ def _content(directory: Path) -> str:
     return digest.hexdigest()
 
 
-def entries(directory: Path, left_out: Collection[str]) -> Iterator[Path]:
+def entries(directory: Path, left_out: re.Pattern[str]) -> Iterator[Path]:
     """All below a directory, folders before their content, in an order that is always the same.
 
-    Raises ArchiveProblem for what cannot be read.
+    left_out: names of files and folders that do not count. Raises ArchiveProblem for what cannot be read.
     """
 
     def failed(error: OSError) -> None:
         raise ArchiveProblem(f"{error.filename} cannot be read: {error.strerror}")
 
     for name, folders, files in os.walk(directory, onerror=failed):
-        folders[:] = sorted(one for one in folders if one not in left_out)
+        folders[:] = sorted(one for one in folders if not left_out.fullmatch(one))
         for one in sorted([*folders, *files]):
-            if not one.startswith(".lockstep-"):
+            if not one.startswith(".lockstep-") and not left_out.fullmatch(one):
                 yield Path(name, one)
 
 
-def pack(directory: Path, archive: Path, left_out: Collection[str] = ()) -> None:
+def pack(directory: Path, archive: Path, left_out: re.Pattern[str] = NOTHING) -> None:
     """A tar of what is in the directory: the same bytes for the same content, owned by root.
 
     Raises ArchiveProblem where a file cannot be read or the disk is full.

@@ -103,6 +103,28 @@ def test_the_same_content_is_the_same_parcel_whoever_packs_it_and_when(project: 
     assert packed(project) != first
 
 
+def test_what_did_not_change_is_not_packed_again(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = packed(project)
+    packings: list[Path] = []
+    pack = source._pack
+
+    def counted(folder: Path, into: Path) -> Path:
+        packings.append(folder)
+        return pack(folder, into)
+
+    monkeypatch.setattr(source, "_pack", counted)
+    (project / "__pycache__").mkdir()
+    assert packed(project) == before and packings == []
+    (project / "notes.txt").write_text("a")
+    changed = packed(project)
+    assert changed != before and packings == [project]
+    changed.unlink()  # forgotten since
+    assert packed(project) == changed and changed.is_file() and len(packings) == 2
+    assert packed(project) == changed and len(packings) == 2
+
+
 def test_links_inside_travel_and_others_are_refused(project: Path) -> None:
     (project / "inside").symlink_to("rehearsal_tool/__init__.py")
     with tarfile.open(packed(project)) as tar:

@@ -91,9 +91,9 @@ def test_a_directory_is_packed_once_and_again_only_when_it_changed(home: Path) -
 )
 def test_every_change_of_a_directory_is_seen(home: Path, change: Callable[[Path], object]) -> None:
     root = tree(home)
-    before = sources._content(root)
+    before = sources.state_of(root, sources.OF_CACHES)
     change(root)
-    assert sources._content(root) != before
+    assert sources.state_of(root, sources.OF_CACHES) != before
 
 
 def test_what_use_of_a_directory_leaves_is_no_change_and_does_not_travel(home: Path) -> None:
