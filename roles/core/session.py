@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import logging
 import shlex
+import socket
 from dataclasses import dataclass
 from typing import Any
 
-from paramiko import SSHException
+from paramiko import Channel, SSHException
 from pyinfra import logger
 from pyinfra.api.command import StringCommand
 from pyinfra.api.exceptions import PyinfraError
@@ -20,6 +21,10 @@ from pyinfra.api.host import Host
 # paramiko logs what it also raises, with a traceback (a peer that accepts and says nothing), and
 # Python prints the errors of a logger that has no handler.
 logging.getLogger("paramiko").addHandler(logging.NullHandler())
+
+
+DEAD_SECONDS = 60
+"""A connection whose other side acknowledges nothing for so long is over; a switch may need 30 to let a link up."""
 
 
 class NodeFailed(Exception):
@@ -44,9 +49,11 @@ def connect(node: Host) -> None:
     Raises NodeFailed when the node cannot be reached.
     """
     if node.connected:
+        _watch(node)
         return
     try:
         node.connect(reason="to look", show_errors=False, raise_exceptions=True)
+        _watch(node)
     except (PyinfraError, OSError, EOFError, SSHException) as error:
         if "Host key for" in str(error):
             sentence = (
@@ -54,6 +61,26 @@ def connect(node: Host) -> None:
             )
             raise NodeFailed(sentence) from None
         raise NodeFailed(f"cannot connect: {error}".rstrip(": ")) from None
+
+
+def _watch(node: Host) -> None:
+    """Let the kernel end the connection when the node dies without a word.
+
+    paramiko waits an hour for a silent node to open a channel, and for ever for its other answers.
+    """
+    client = getattr(node.connector, "client", None)
+    transport = client.get_transport() if client is not None else None
+    while transport is not None and isinstance(transport.sock, Channel):  # through another host
+        transport = transport.sock.get_transport()
+    if transport is not None and transport.is_active() and hasattr(transport.sock, "setsockopt"):
+        options = (
+            (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+            (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, DEAD_SECONDS // 2),
+            (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, DEAD_SECONDS // 6),
+            (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * DEAD_SECONDS),
+        )
+        for option in options:
+            transport.sock.setsockopt(*option)
 
 
 def new_login(node: Host) -> None:
