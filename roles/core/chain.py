@@ -195,6 +195,7 @@ def _take(step: Upload, chain: Chain, member: Member, giver: Member) -> None:
         finally:
             taking.kill()
         if taking.value is not None:
+            session.run(node, "true", SILENT_SECONDS)  # one that died says nothing about the giver
             raise relay.Refused(taking.value)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +122,28 @@ def test_a_step_that_is_not_relayed_always_comes_from_the_control_machine(
     for number in (1, 2):
         transfers.upload(number, alone)
     assert transfers.done == [("node1", "control"), ("node2", "control")]
+
+
+@pytest.mark.parametrize("taker_lives", [True, False])
+def test_a_taker_that_dies_does_not_blame_its_giver(
+    transfers: Transfers, monkeypatch: pytest.MonkeyPatch, taker_lives: bool
+) -> None:
+    @contextmanager
+    def opened(*_: Any) -> Iterator[str]:
+        yield "the taking"
+
+    def run(node: Any, script: str, *_: Any, **__: Any) -> session.Output:
+        if script != "the taking" and taker_lives:
+            return session.Output("0", "")
+        raise session.NodeFailed("Permission denied." if taker_lives else "the connection broke")
+
+    monkeypatch.undo()
+    monkeypatch.setattr(relay, "opened", opened)
+    monkeypatch.setattr(session, "run", run)
+    giver, taker = (transfers.chain.join(node) for node in transfers.nodes[:2])
+    problem = relay.Refused if taker_lives else session.NodeFailed
+    with pytest.raises(problem, match="Permission" if taker_lives else "connection broke"):
+        chain._take(transfers.step, transfers.chain, taker, giver)
 
 
 def test_a_source_that_is_gone_is_one_sentence(transfers: Transfers) -> None:
