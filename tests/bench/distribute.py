@@ -23,7 +23,6 @@ STATE = beside("distribute")
 NODES = 8
 MBIT = 80
 BYTES = 200_000_000
-LIMIT = f"root tbf rate {MBIT}mbit burst 128kb latency 100ms"
 ONLY_ARCHIVES = """from roles import archives
 from roles.converge import converge
 
@@ -64,15 +63,16 @@ def declare(site: Site, archive: Path) -> None:
     site.declare(environments={"main": entry})
 
 
-def hold_links(site: Site) -> None:
-    """Hold each node's link, both ways, and this machine's way to all of them."""
-    record = load_record(Paths(STATE, STATE))
+def hold_links(site: Site, mbit: int = MBIT) -> None:
+    """Hold each node's link, both ways, and this machine's way to all of them to so many Mbit/s."""
+    limit = f"root tbf rate {mbit}mbit burst 128kb latency 100ms"
+    record = load_record(Paths(site.state, site.state))
     assert record is not None
     links = [record.bridge, *(record.link(node) for node in site.nodes)]
     for link in links:
-        subprocess.run(["tc", "qdisc", "replace", "dev", link, *LIMIT.split()], check=True)
+        subprocess.run(["tc", "qdisc", "replace", "dev", link, *limit.split()], check=True)
     for node in site.nodes:
-        site.shell(node, f"tc qdisc replace dev host0 {LIMIT}")
+        site.shell(node, f"tc qdisc replace dev host0 {limit}")
 
 
 def measured(site: Site, archive: Path) -> dict[str, float]:

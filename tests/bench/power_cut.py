@@ -15,7 +15,6 @@ import os
 import random
 import re
 import signal
-import subprocess
 import sys
 import tarfile
 import time
@@ -25,7 +24,7 @@ from dataclasses import asdict, dataclass
 from io import BytesIO
 
 from roles.core.relay import MARK
-from tests.lab.site import BIN, ROOT, Site, bare, beside
+from tests.lab.site import Site, bare, beside
 
 STATE = beside("power")
 KEY = re.compile(rf"(/run/)?{MARK}[0-9a-f]{{16}}")
@@ -115,8 +114,8 @@ def cuts(site: Site, rounds: int, seed: int) -> Iterator[Round]:
         )
 
 
-def declare(site: Site, word: str) -> None:
-    """An archive of a venv whose module says this word; no two have the same content."""
+def declare(site: Site, word: str, size: int = BYTES) -> None:
+    """An archive of a venv whose module says this word, of so many bytes; no two have the same content."""
     archive = site.directory / f"{word}.tar"
     for earlier in site.directory.glob("word*.tar"):
         earlier.unlink()
@@ -127,7 +126,7 @@ def declare(site: Site, word: str) -> None:
         for name, data in (
             ("env/pyvenv.cfg", b"home = /usr/bin\nversion = 3.11.2\n"),
             (f"{SITE}/greeting.py", f"WORD = '{word}'\n".encode()),
-            (f"{SITE}/weights.bin", os.urandom(BYTES)),
+            (f"{SITE}/weights.bin", os.urandom(size)),
         ):
             member = tarfile.TarInfo(name)
             member.size, member.mtime = len(data), int(time.time())
@@ -162,15 +161,7 @@ def cut(
 
     kept: node to what killed control processes left there so far, and may; this round's is added.
     """
-    command = [str(BIN / "pyinfra"), "inventory.py", str(site.directory / "deploy.py"), "-y"]
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=site.environ,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = site.start(str(site.directory / "deploy.py"))
     end, said = time.monotonic() + seconds, []
     while time.monotonic() < end and process.poll() is None:
         said.append(site.shell(node, ASK, check=False).strip())

@@ -117,6 +117,7 @@ class Site:
         self.runs = state / "shared" / "runs"
         self.cluster = self.directory / "cluster.yaml"
         self.job = self.directory / "rehearsal.yaml"
+        self.said = self.directory / "said.txt"
         self.environ = {
             **os.environ,
             "LOCKSTEP_LAB": str(state),
@@ -173,6 +174,18 @@ class Site:
         report: dict[str, Any] = json.loads(done.stdout)
         assert {"ok": 0, "drift": 1, "unreadable": 2}[report["verdict"]] == done.returncode
         return report
+
+    def start(self, deploy: str) -> subprocess.Popen[bytes]:
+        """A run that goes on meanwhile; what it says comes to ``said``."""
+        with self.said.open("wb") as said:
+            return subprocess.Popen(
+                [str(BIN / "pyinfra"), "inventory.py", deploy, "-y"],
+                cwd=ROOT,
+                env=self.environ,
+                stdin=subprocess.DEVNULL,
+                stdout=said,
+                stderr=said,
+            )
 
     def shell(self, node: str, script: str, check: bool = True) -> str:
         """As root on the node, past SSH: so that it is counted by nobody and works on a broken node."""
