@@ -20,9 +20,9 @@ The functions from bytes to edits know no files. What they hold to:
 
 from __future__ import annotations
 
-import ast
 import binascii
 import contextlib
+import gc
 import hashlib
 import json
 import os
@@ -30,13 +30,15 @@ import re
 import stat
 import sys
 from base64 import urlsafe_b64encode
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import NamedTuple
-from urllib.parse import quote_from_bytes
 
 VERSION = 2
 """Raised when the mender learns something, so that environments mended before are mended again."""
+
+READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+"""A pipe among the files shall not hold us up."""
 
 NOTES = ".lockstep-relocation.json"
 """In the tree's root: what was replaced where."""
@@ -47,6 +49,12 @@ NOT_A_PREFIX = {b"", b"/usr", b"/usr/local"}
 
 SHEBANG_BYTES = 127
 """Older kernels cut a shebang after these."""
+
+SAME_IN_URL = re.compile(rb"[\w.~/-]*")
+"""A path that an address spells alike (RFC 3986, unreserved characters)."""
+
+SEARCHERS = 8
+"""As many processes at most look for a name. Few cores are no reason for fewer: a disk serves several at once."""
 
 # Where a path begins in a text: not in the middle of a longer path or name. -I/path and -isystem/path
 # begin one, as do file:///path and the \n/path of a string in a program.
@@ -149,6 +157,10 @@ def shebang_edits(
 @lru_cache(maxsize=None)  # noqa: UP033 - its short name came with 3.9
 def as_url(path: bytes) -> bytes:
     """The path as an address spells it."""
+    if SAME_IN_URL.fullmatch(path):
+        return path
+    from urllib.parse import quote_from_bytes  # slow to import, and seldom needed
+
     return quote_from_bytes(path).encode()
 
 
@@ -159,15 +171,19 @@ def path_pattern(
 
     placeholder: what conda recorded; it counts wherever it stands, as conda has it.
     """
-    spellings = {prefix} | {spelt for one in old for spelt in (one, as_url(one))}
     paths = [
         re.escape(one) if one == prefix else b"(" + re.escape(one) + b")"
-        for one in sorted(spellings, key=len, reverse=True)
+        for one in sorted({prefix, *spellings(old)}, key=len, reverse=True)
     ]
     pattern = BEFORE + b"(?:" + b"|".join(paths) + b")" + AFTER
     if placeholder:
         pattern += b"|(" + re.escape(placeholder) + b")"
     return re.compile(pattern)
+
+
+def spellings(paths: Iterable[bytes]) -> list[bytes]:
+    """The paths, also as addresses spell them."""
+    return sorted({spelt for one in paths for spelt in (one, as_url(one))})
 
 
 def text_edits(
@@ -313,34 +329,47 @@ KNOWN = re.compile(
     r"|etc/conda/(?:de)?activate\.d/[^/]+"
 )
 """Text files that name their prefix, wherever they come from, beside .pc and .la."""
+KNOWN_FOLDER = re.compile(
+    r"|s?bin/|lib(?:64)?/python3[^/]*/(?:site-packages/(?:[^/]+\.dist-info/)?|config-[^/]*/)?"
+    r"|etc/conda/(?:de)?activate\.d/"
+)
+"""Where those files lie, for there are many folders where none does."""
 
 CONDA_UNPACK = "bin/conda-unpack"
 RECORD = re.compile(r"(?P<site>lib(?:64)?/python3[^/]*/site-packages/)[^/]+\.dist-info/RECORD")
 
 
-def walk(root: str) -> tuple[list[str], list[str]]:
-    """The regular files and the links below the root, as sorted paths from there."""
-    files: list[str] = []
+def walk(root: str) -> tuple[dict[str, list[str]], list[str]]:
+    """The regular files by folder ("lib/"), and the links; all are paths from the root."""
+    files: dict[str, list[str]] = {}
     links: list[str] = []
     folders = [""]
     while folders:
         folder = folders.pop()
+        here = files[folder] = []
         with os.scandir(os.path.join(root, folder)) as entries:
             for entry in entries:
-                path = folder + entry.name
-                if entry.is_symlink():
-                    links.append(path)
+                if entry.is_file(follow_symlinks=False):
+                    here.append(folder + entry.name)
+                elif entry.is_symlink():
+                    links.append(folder + entry.name)
                 elif entry.is_dir(follow_symlinks=False):
-                    folders.append(path + "/")
-                elif entry.is_file(follow_symlinks=False):
-                    files.append(path)
-    return sorted(files), sorted(links)
+                    folders.append(folder + entry.name + "/")
+    return files, links
+
+
+def open_to_read(path: str, folder: int | None = None) -> int:
+    """A file opened without a new time of access, which in a tree just unpacked would go to the disk."""
+    try:
+        return os.open(path, READ | os.O_NOATIME, dir_fd=folder)
+    except PermissionError:  # the file's owner may do so, and root
+        return os.open(path, READ, dir_fd=folder)
 
 
 def read(path: str) -> bytes:
     """The file's bytes; none where there is no file. In as few system calls as can be: it is all the time."""
     try:
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        file = open_to_read(path)
     except FileNotFoundError:
         return b""
     try:
@@ -352,40 +381,92 @@ def read(path: str) -> bytes:
         os.close(file)
 
 
-def naming(places: list[str], names: list[bytes]) -> set[str]:
-    """Those of the files that hold one of the names; where they are many, several processes read them."""
+class Search:
+    """Which of the files below the root hold one of the names. It begins at once; ``found`` waits for it.
 
-    def search(share: list[str]) -> list[str]:
-        return [
-            place
-            for place in share
-            if any(name in data for data in [read(place)] for name in names)
-        ]
+    Where the files are many, other processes read them while this one goes on, and helps them in
+    ``found``. Each takes the next share as soon as it is ready with one, through one buffer for all files.
+    """
 
-    workers = min(os.cpu_count() or 1, 8, len(places) // 2000)
-    if workers < 2:
-        return set(search(places))
-    found: set[str] = set()
-    begun = []
-    for number in range(workers):
-        share = places[number::workers]
+    def __init__(self, root: str, paths: list[str], names: list[bytes]) -> None:
+        self.names = names
+        # A name may begin in one part of a file and end in the next.
+        self.kept = max(map(len, names), default=1) - 1
+        self.buffer = bytearray(self.kept + (1 << 17))
+        self.root = os.open(root, READ)
+        paths = paths if names else []
+        size = len(paths) // 250 + 1
+        self.shares = [paths[at : at + size] for at in range(0, len(paths), size)]
+        self.turns, give = os.pipe()
+        os.write(give, bytes(range(len(self.shares))))
+        os.close(give)
+        processes = min(SEARCHERS, len(paths) // 1000)
+        self.helpers = [self._helper() for _ in range(processes - 1)]
+
+    def _helper(self) -> tuple[int, int]:
+        """A process of its own, and the pipe that it answers by."""
         answer, given = os.pipe()
         child = os.fork()
-        if child == 0:
+        if child:
+            os.close(given)
+            return child, answer
+        status = 1
+        try:
+            with os.fdopen(given, "wb") as pipe:
+                pipe.write(b"\0".join(map(os.fsencode, self._take_turns())))
+            status = 0
+        finally:
+            os._exit(status)
+
+    def found(self) -> set[str]:
+        """The files; among them are those that could not be read, as whoever reads them next will see."""
+        found = set(self._take_turns())
+        whole = True
+        for child, answer in self.helpers:
+            with os.fdopen(answer, "rb") as pipe:
+                found.update(map(os.fsdecode, filter(None, pipe.read().split(b"\0"))))
+            whole = os.waitpid(child, 0)[1] == 0 and whole
+        if not whole:
+            found = {path for share in self.shares for path in self._look(share)}
+        os.close(self.turns)
+        os.close(self.root)
+        return found
+
+    def _take_turns(self) -> list[str]:
+        found: list[str] = []
+        while True:
+            turn = os.read(self.turns, 1)
+            if not turn:
+                return found
+            found += self._look(self.shares[turn[0]])
+
+    def _look(self, paths: list[str]) -> list[str]:
+        found = []
+        whole = memoryview(self.buffer)
+        parts, room, find = [whole], len(whole), self.buffer.find
+        for path in paths:
             try:
-                with os.fdopen(given, "wb") as mine:
-                    mine.write(b"\0".join(map(os.fsencode, search(share))))
-                os._exit(0)
+                file = open_to_read(path, self.root)
+            except OSError:
+                found.append(path)
+                continue
+            try:
+                size = os.readv(file, parts)
+                while True:
+                    for name in self.names:
+                        if find(name, 0, size) >= 0:
+                            found.append(path)
+                            size = 0
+                            break
+                    if size < room:
+                        break
+                    whole[: self.kept] = whole[room - self.kept :]
+                    size = self.kept + os.readv(file, [whole[self.kept :]])
+            except OSError:
+                found.append(path)
             finally:
-                os._exit(1)
-        os.close(given)
-        begun.append((child, answer, share))
-    for child, answer, share in begun:
-        with os.fdopen(answer, "rb") as pipe:
-            said = pipe.read().split(b"\0")
-        failed = os.waitpid(child, 0)[1]
-        found.update(search(share) if failed else map(os.fsdecode, filter(None, said)))
-    return found
+                os.close(file)
+        return found
 
 
 def is_text(data: bytes) -> bool:
@@ -393,12 +474,11 @@ def is_text(data: bytes) -> bool:
     return b"\0" not in data[:8192]
 
 
-def conda_records(root: str, files: Iterable[str]) -> Iterator[tuple[str, bytes, bool]]:
+def conda_records(root: str) -> Iterator[tuple[str, bytes, bool]]:
     """(file, the placeholder that it was built with, whether it is binary) from conda's own records."""
-    for path in files:
-        if not (path.startswith("conda-meta/") and path.endswith(".json")):
-            continue
-        data = read(os.path.join(root, path))
+    folder = os.path.join(root, "conda-meta")
+    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
+        data = read(os.path.join(folder, name)) if name.endswith(".json") else b""
         if b'"prefix_placeholder"' not in data:
             continue
         try:
@@ -411,21 +491,35 @@ def conda_records(root: str, files: Iterable[str]) -> Iterator[tuple[str, bytes,
                 yield entry["_path"], os.fsencode(placeholder), entry.get("file_mode") == "binary"
 
 
-def conda_unpack_records(script: bytes) -> Iterator[tuple[str, str, bool]]:
-    """The same from the script that conda-pack leaves in its archives.
+def conda_unpack_records(script: bytes) -> dict[tuple[str, str], list[str]]:
+    """The files by (placeholder, "text" or "binary"), from the script that conda-pack leaves in its archives.
 
-    It lists every text that conda does not manage, with the prefix where the archive was packed.
+    It lists every text that conda does not manage, with the prefix where the archive was packed: tens of
+    thousands of lines ``('path', 'placeholder', 'mode'),`` that end alike.
     """
     begin = script.find(b"\n_prefix_records = [\n")
-    for line in script[begin : script.find(b"\n]", begin)].decode(errors="replace").split("\n")[2:]:
-        words = line[2:].rstrip("),'").split("', '")
-        if len(words) != 3 or "\\" in line:
+    table = script[begin : script.find(b"\n]", begin)].decode(errors="replace")
+    plain = '"' not in table and "\\" not in table
+    ends: dict[str, list[str]] = {}
+    found: dict[tuple[str, str], list[str]] = {}
+    for line in table.split("\n")[2:]:
+        if plain or ('"' not in line and "\\" not in line):
+            path, _, end = line.partition("', '")
             try:
-                words = list(ast.literal_eval(line.rstrip(",")))
-            except (ValueError, SyntaxError):
-                continue
-        path, placeholder, mode = words
-        yield path, placeholder, mode == "binary"
+                ends[end].append(path[2:])
+            except KeyError:
+                ends[end] = [path[2:]]
+            continue
+        import ast  # slow to import, and seldom needed
+
+        with contextlib.suppress(ValueError, SyntaxError, TypeError):
+            path, placeholder, mode = ast.literal_eval(line.rstrip(","))
+            found.setdefault((placeholder, mode), []).append(path)
+    for end, paths in ends.items():
+        placeholder, between, mode = end.rstrip("),'").partition("', '")
+        if between:
+            found.setdefault((placeholder, mode), []).extend(paths)
+    return found
 
 
 # ---- notes ----------------------------------------------------------------------------------------
@@ -495,7 +589,6 @@ class Move:
     def __init__(self, root: str, prefix: bytes) -> None:
         self.root = root
         self.prefix = prefix
-        self.files, self.links = walk(root)
         self.notes = load_notes(root)
         self.kinds: dict[str, Kind] = {}
         self.problems: list[str] = []
@@ -505,10 +598,7 @@ class Move:
         self.led: dict[str, str] = {}  # link -> where it shall lead
         self.after = Notes([], {}, {})
         self._cache: dict[str, bytes] = {}
-        self.programs = {
-            os.fsencode(path[4:]) for path in self.files + self.links if path.startswith("bin/")
-        }
-        self.old = self._kinds_and_old_prefixes()
+        self._look_about()
 
     def place(self, path: str) -> str:
         """Where a file of the tree lies."""
@@ -521,38 +611,81 @@ class Move:
 
     def first(self, path: str) -> bytes:
         """The first bytes of a file that will be read again."""
-        data = self._cache[path] = read(self.place(path))
+        data = self._cache[path] = self.data(path)
         return self.notes.first(path, data)
 
-    def _kinds_and_old_prefixes(self) -> list[bytes]:
-        """Find which files are to be mended, and every prefix that they may name but ``prefix``."""
-        there = set(self.files)
+    def _look_about(self) -> None:
+        """Find which files are to be mended, and every prefix that they may name but ``prefix``.
+
+        The records come first, for what they list is searched by other processes while this one walks.
+        """
+        recorded = {path: (was, binary) for path, was, binary in conda_records(self.root)}
+        packed = conda_unpack_records(self.first(CONDA_UNPACK))
+        texts, found = [], {os.fsencode(one) for one in self.notes.prefixes}
+        others: dict[str, Kind] = {}
+        for (was, mode), paths in packed.items():
+            own = [path for path in paths if path not in recorded]
+            if own:
+                found.add(os.fsencode(was))
+            if mode == "binary":
+                others.update((path, Kind(True, False, os.fsencode(was))) for path in own)
+            else:
+                texts += own
+        settings = self.first("pyvenv.cfg")
+        history = read(self.place("conda-meta/history"))
+        found |= declared_prefixes(settings, self.first("bin/activate"), history)
+        home = re.search(rb"(?m)^home\s*=\s*(/.*?)/bin\s*$", settings)
+        never = NOT_A_PREFIX | {self.prefix} | ({home.group(1)} if home else set())
+        known = found - never
+        search = Search(self.root, texts, spellings(known))
+        folders, self.links = walk(self.root)
+        self.files = {path for paths in folders.values() for path in paths}
+        programs = folders.get("bin/", []) + [
+            path for path in self.links if path.startswith("bin/")
+        ]
+        self.programs = {os.fsencode(path[4:]) for path in programs}
+        self.records = [f"{folder}RECORD" for folder in folders if folder.endswith(".dist-info/")]
+        self._find_kinds(folders, recorded, others)
+        found |= self._prefixes_within(recorded) - never
+        candidates = search.found()
+        if found - never - known:
+            candidates |= Search(self.root, texts, spellings(found - never - known)).found()
+        for path in candidates & self.files:
+            if not path.endswith("/RECORD"):
+                self.kinds.setdefault(path, Kind())
+        self.old = sorted(found - never)
+
+    def _find_kinds(
+        self,
+        folders: dict[str, list[str]],
+        recorded: dict[str, tuple[bytes, bool]],
+        others: dict[str, Kind],
+    ) -> None:
+        """What is mended wherever it comes from, what the notes name, what is recorded."""
         kinds = self.kinds
-        for path in self.files:
-            if path.endswith((".pc", ".la")) or KNOWN.fullmatch(path):
-                kinds[path] = Kind(script=path.startswith(("bin/", "sbin/")))
+        for folder, paths in folders.items():
+            likely = KNOWN_FOLDER.fullmatch(folder)
+            for path in paths:
+                if path.endswith((".pc", ".la")) or (likely and KNOWN.fullmatch(path)):
+                    kinds[path] = Kind(script=path.startswith(("bin/", "sbin/")))
         for path in self.notes.files:
-            if path in there and not path.endswith("/RECORD"):
+            if path in self.files and not path.endswith("/RECORD"):
                 kinds.setdefault(path, Kind())
-        unpack = self.first(CONDA_UNPACK) if CONDA_UNPACK in there else b""
-        found = {os.fsencode(one) for one in self.notes.prefixes}
-        recorded = set()
-        for path, placeholder, binary in conda_records(self.root, self.files):
-            if path in there:
+        for path, (placeholder, binary) in recorded.items():
+            if path in self.files:
                 script = not binary and path.startswith(("bin/", "sbin/"))
                 kinds[path] = Kind(binary, script, placeholder)
-                recorded.add(path)
-        packed_at, texts = set(), []
-        for path, was, binary in conda_unpack_records(unpack):
-            if path not in recorded:
-                packed_at.add(was)
-                if path in there and path not in kinds and not path.endswith("/RECORD"):
-                    if binary:
-                        kinds[path] = Kind(True, False, os.fsencode(was))
-                    else:
-                        texts.append(path)
-        found.update(map(os.fsencode, packed_at))
-        for path, kind in kinds.items():
+        for path, kind in others.items():
+            if path in self.files and not path.endswith("/RECORD"):
+                kinds.setdefault(path, kind)
+
+    def _prefixes_within(self, recorded: Mapping[str, tuple[bytes, bool]]) -> set[bytes]:
+        """The prefixes that scripts run in and that recorded build data names.
+
+        Not what conda puts a prefix in place of: in a conda-pack archive it still stands in recorded files.
+        """
+        found = set()
+        for path, kind in self.kinds.items():
             if kind.script:
                 data = self.first(path)
                 match = LONG.match(data) or DIRECT.match(data)
@@ -562,16 +695,7 @@ class Move:
                 path.endswith((".pc", "/Makefile")) or "_sysconfigdata" in path
             ):
                 found |= built_prefixes(self.first(path))
-        settings = self.first("pyvenv.cfg")
-        history = read(self.place("conda-meta/history"))
-        found |= declared_prefixes(settings, self.first("bin/activate"), history)
-        home = re.search(rb"(?m)^home\s*=\s*(/.*?)/bin\s*$", settings)
-        found -= NOT_A_PREFIX | {self.prefix} | ({home.group(1)} if home else set())
-        old = sorted(found)
-        names = [spelt for one in old for spelt in {one, as_url(one)}]
-        for place in naming([self.place(path) for path in texts], names):
-            kinds[place[len(self.root) + 1 :]] = Kind()
-        return old
+        return found - {placeholder for placeholder, _ in recorded.values()}
 
     def edits(self, path: str, kind: Kind, first: bytes) -> list[Edit]:
         """How a file changes. Raises NoRoom."""
@@ -637,18 +761,18 @@ class Move:
     def _stage_records(self) -> None:
         """RECORD notes each file of a distribution with its hash: those of the rewritten ones change."""
         rewritten = sorted(self.after.files)
-        spellings: dict[str, dict[bytes, str]] = {}  # for each site-packages
-        for record in self.files:
-            match = RECORD.fullmatch(record) if record.endswith("/RECORD") else None
-            if match:
+        spelt: dict[str, dict[bytes, str]] = {}  # for each site-packages
+        for record in self.records:
+            match = RECORD.fullmatch(record)
+            if match and record in self.files:
                 site = match.group("site")
-                if site not in spellings:
+                if site not in spelt:
                     names = [(os.path.relpath(path, site), path) for path in rewritten]
-                    spellings[site] = {os.fsencode(spelt): path for spelt, path in names}
+                    spelt[site] = {os.fsencode(name): path for name, path in names}
                 data = self.data(record)
                 first = self.notes.first(record, data)
 
-                def mended(path: bytes, own: dict[bytes, str] = spellings[site]) -> bytes | None:
+                def mended(path: bytes, own: dict[bytes, str] = spelt[site]) -> bytes | None:
                     return self._mended(own[path]) if path in own else None
 
                 self._stage(record, data, first, record_edits(first, mended, self.prefix, self.old))
@@ -718,12 +842,13 @@ class Move:
 
     def _remove_staged(self) -> None:
         """What a move that was cut off left beside."""
-        staged = {path for path in self.files + self.links if path.endswith(FRESH)}
+        staged = [path for path in self.files if path.endswith(FRESH)]
+        staged += [path for path in self.links if path.endswith(FRESH)]
         for path in staged:
             os.unlink(self.place(path))
             self.kinds.pop(path, None)
+            self.files.discard(path)
         if staged:
-            self.files = [path for path in self.files if path not in staged]
             self.links = [path for path in self.links if path not in staged]
 
     def discard(self) -> None:
@@ -754,6 +879,14 @@ def write_like(like: str, path: str, data: bytes, status: os.stat_result) -> Non
         os.close(file)
 
 
+def settle(folder: str) -> None:
+    """Wait until the data of the folder's file system is on the disk; Python itself can sync all of them."""
+    with contextlib.suppress(OSError):  # an older sync knows no -f, and some system has none
+        if os.spawnlp(os.P_WAIT, "sync", "sync", "-f", folder) == 0:
+            return
+    os.sync()
+
+
 def drop_byte_code(source: str) -> None:
     """Remove what Python compiled from a source that changed: with time and size the same, it would stay."""
     folder, name = os.path.split(source)
@@ -779,7 +912,7 @@ def mend(root: str | os.PathLike[str], prefix: bytes) -> list[str]:
         return move.problems
     move.note_ahead()
     if os.path.realpath(root) == os.path.realpath(os.fsdecode(prefix)):
-        os.sync()  # it is in use: after a power cut each file shall be the old or the new one, not empty
+        settle(move.root)  # in use: after a power cut each file shall be the old or the new one
     move.commit()
     return []
 
@@ -820,6 +953,7 @@ def why_it_stays(path: str, data: bytes, prefix: bytes, old: list[bytes]) -> str
 def main(words: list[str]) -> int:
     """Exit status 1, with sentences on standard error, when nothing could be mended."""
     root, prefix = words[0], os.fsencode(words[1])
+    gc.disable()  # nothing here refers to itself, and there is much to look through
     try:
         if words[2:] == ["leftovers"]:
             for path, why in leftovers(root, prefix):

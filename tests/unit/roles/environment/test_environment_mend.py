@@ -587,18 +587,67 @@ def test_the_records_of_conda_pack_are_understood(tmp_path: Path) -> None:
 def test_the_files_that_hold_a_name_are_found_by_one_process_or_by_several(
     tmp_path: Path, times: int
 ) -> None:
-    places = [str(tmp_path / f"f{number}") for number in range(10)]
-    for number, place in enumerate(places):
-        Path(place).write_bytes(b"x" * 65530 * number + b"/name"[: number + 1])
-    wanted = set(places[4:])
-    assert mend.naming(places * times, [b"/other", b"/name"]) == wanted
+    names = [f"f{number}" for number in range(10)]
+    for number, name in enumerate(names):
+        (tmp_path / name).write_bytes(b"x" * 65530 * number + b"/name"[: number + 1])
+    search = mend.Search(str(tmp_path), names * times, [b"/other", b"/name"])
+    assert search.found() == set(names[4:])
+
+
+def test_a_name_is_found_wherever_in_a_large_file_it_lies(tmp_path: Path) -> None:
+    """The files are read in parts of 128 KiB; the name lies in one, in the next, and across."""
+    for at in [*range((1 << 17) - 8, (1 << 17) + 8), (1 << 18) - 2, 300_000]:
+        (tmp_path / f"at{at}").write_bytes(b"x" * at + b"/name" + b"y" * at)
+        (tmp_path / f"not{at}").write_bytes(b"x" * at + b"/nam" + b"y" * at)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    search = mend.Search(str(tmp_path), names, [b"/name", b"/a/longer/name"])
+    assert search.found() == {name for name in names if name.startswith("at")}
+
+
+def test_what_is_recorded_but_not_there_or_no_file_holds_nobody_up(tmp_path: Path) -> None:
+    root = full_tree(tmp_path / "llm", "/srv/first")
+    os.mkfifo(root / "pipe")
+    (root / "link").symlink_to("pipe")
+    paths = ["gone", "pipe", "link", "share", "share/data/z.pc", "lib/libz.la"]
+    lines = ",\n".join(repr((path, "/srv/first", "text")) for path in paths)
+    (root / "bin/conda-unpack").write_text(f"import x\n_prefix_records = [\n{lines}\n]\nend\n")
+    assert mend.mend(root, b"/n") == []
+    assert (root / "lib/libz.la").read_text() == "libdir='/n/lib'\n"
+    assert str((root / "link").readlink()) == "pipe"
+
+
+def test_a_search_whose_helper_died_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_bytes(b"at /name")
+    me, look = os.getpid(), mend.Search._look
+
+    def fails(self: mend.Search, paths: list[str]) -> list[str]:
+        if os.getpid() != me:
+            os._exit(9)
+        return look(self, paths)
+
+    monkeypatch.setattr(mend.Search, "_look", fails)
+    search = mend.Search(str(tmp_path), ["file"] * 4000, [b"/name"])
+    assert len(search.helpers) == 3
+    for child, _ in search.helpers:
+        os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    assert search.found() == {"file"}
+
+
+def test_a_search_leaves_the_time_of_access(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"at /name")
+    os.utime(file, (1_000_000_000, 1_000_000_000))
+    assert mend.Search(str(tmp_path), ["file"], [b"/name"]).found() == {"file"}
+    assert file.stat().st_atime == 1_000_000_000
 
 
 def test_a_tree_that_cannot_be_mended_is_refused_in_one_sentence(tmp_path: Path) -> None:
     program = [sys.executable, "-I", "-S", mend.__file__]
     done = subprocess.run([*program, str(tmp_path / "gone"), "/n"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == f"{tmp_path}/gone/ cannot be mended: No such file or directory\n"
+    assert done.stderr == f"{tmp_path}/gone cannot be mended: No such file or directory\n"
 
 
 def test_what_stays_is_listed_with_its_reason(tmp_path: Path) -> None:
