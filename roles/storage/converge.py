@@ -118,6 +118,7 @@ def attempt(target: Target[StorageSpec], mount: Wanted) -> str:
         "fi\n"
         f'said=$(timeout -s KILL {seconds + 5} ls "$point/." 2>&1 >/dev/null) &&\n'
         '  case $(there) in ""|autofs) ;; *) exit 0 ;; esac\n'
+        'case $(there) in ""|autofs) said= ;; esac\n'  # what systemd says then tells no reason
         'logged=$(journalctl -q -u "$mount" --since "@$since" -o cat 2>/dev/null | grep "^mount" | tail -n 1) || :\n'
         "case $logged$said in\n"
         f'  "") echo {quote(silent)} >&2 ;;\n'
