@@ -12,13 +12,13 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from deploy.lab import faults, lab, requirements
 from deploy.lab.errors import LabError
 from deploy.lab.node import MOST_NODES
 from deploy.lab.progress import Progress
-from deploy.lab.state import SYSTEMS, Paths, paths_from
+from deploy.lab.state import SYSTEMS, Kind, Paths, paths_from
 
 if TYPE_CHECKING:
     SubParsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -75,6 +75,12 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
             choices=SYSTEMS,
             help="the nodes' system (default: what the lab has, at first debian); mixed: node1 Debian, "
             "node2 RPM, and so on in turn; mixed-rpm: the other way round",
+        )
+        command.add_argument(
+            "--kind",
+            choices=get_args(Kind),
+            help="what the nodes are (default: what they are, at first container); vm: virtual machines with "
+            "kernels of their own, in software, so slower: for modules, NFS and honest power cuts",
         )
     prepare.set_defaults(handler=_handler(_prepare))
 
@@ -158,13 +164,15 @@ def _up(args: argparse.Namespace, paths: Paths) -> None:
         write=args.write,
         packages=tuple(args.package),
         os=args.os,
+        kind=args.kind,
     )
     lab.up(paths, os.environ, request, Progress())
     print(lab.table(lab.status(paths)), end="")
 
 
 def _prepare(args: argparse.Namespace, paths: Paths) -> None:
-    lab.prepare_only(paths, lab.Request(build=True, trim=args.trim, os=args.os), Progress())
+    request = lab.Request(build=True, trim=args.trim, os=args.os, kind=args.kind)
+    lab.prepare_only(paths, request, Progress())
 
 
 def _shell(args: argparse.Namespace, paths: Paths) -> int:

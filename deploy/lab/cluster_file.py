@@ -41,8 +41,14 @@ def cluster_text(
     nodes: Sequence[Entry],
     environment_archive: Path | None = None,
     job: Path | None = None,
+    *,
+    own_kernel: bool = False,
 ) -> str:
-    """The cluster file's text; the nodes come in the order of their ranks."""
+    """The cluster file's text; the nodes come in the order of their ranks.
+
+    own_kernel: whether the nodes' limits are their own, not bounded by this process's.
+    """
+    may_raise, hard_kib = (True, NSPAWN_MEMLOCK_KIB) if own_kernel else own_limits()
     sections: dict[str, Any] = {
         "cluster": "lab" if record.index == 0 else f"lab{record.index}",
         "ssh": {
@@ -54,7 +60,7 @@ def cluster_text(
         "nodes": {node.name: _node(node) for node in nodes},
         "packages": {"local": MOUNTED_AT},
         "storage": {"kind": "existing", "path": "/shared"},
-        "limits": {"nofile": 4096, "memlock": memlock_kib(*own_limits()), "shm": "256M"},
+        "limits": {"nofile": 4096, "memlock": memlock_kib(may_raise, hard_kib), "shm": "256M"},
     }
     if environment_archive is not None:
         sections["environments"] = {"main": {"archive": str(environment_archive)}}
@@ -142,13 +148,15 @@ def write_cluster_file(
     nodes: Sequence[Entry],
     environment_archive: Path | None = None,
     job: Path | None = None,
+    *,
+    own_kernel: bool = False,
 ) -> bool:
     """Write the cluster file at once; returns whether it changed.
 
     Raises LabError when the file is not this lab's own.
     """
     check_target(path, paths)
-    text = cluster_text(paths, record, nodes, environment_archive, job)
+    text = cluster_text(paths, record, nodes, environment_archive, job, own_kernel=own_kernel)
     if path.is_file() and path.read_text() == text:
         return False
     write_whole(path, text)

@@ -1,6 +1,7 @@
-"""The base images: a minimal system that every node has as its lower layer, one of each family in use.
+"""The base images: a minimal system that every node lies on, one of each family in use.
 
-A Debian node's is of the host's own release; an RPM node's is the same, turned by ``rpm_image``. It holds what a freshly installed server has (systemd, sshd, python3, sudo) and nothing that the roles
+A Debian node's is of the host's own release; an RPM node's is the same, turned by ``rpm_image``, and a
+machine's too, made a disk by ``machine_image``. It holds what a freshly installed server has (systemd, sshd, python3, sudo) and nothing that the roles
 install. Built once and cached by everything that decides its content; nodes never write to it.
 """
 
@@ -13,7 +14,7 @@ import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from deploy.lab import rpm, rpm_image
+from deploy.lab import machine_image, rpm, rpm_image
 from deploy.lab.commands import run, run_logged
 from deploy.lab.errors import LabError
 from deploy.lab.files import (
@@ -26,7 +27,7 @@ from deploy.lab.files import (
 )
 from deploy.lab.host import Host
 from deploy.lab.progress import Progress
-from deploy.lab.state import FAMILIES, Family, Paths, locked
+from deploy.lab.state import FAMILIES, Family, Kind, Paths, locked
 
 RECIPE = 1
 """Counts changes of this module that change the image."""
@@ -79,8 +80,8 @@ DPKG_OPTIONS = (
 )
 """They stay in the nodes: nobody reads manuals there, and packages install faster."""
 
-FREE_BYTES = 1 << 30
-MEMORY_BYTES = 1 << 30
+FREE_BYTES = 1 << 31
+MEMORY_BYTES = 3 << 29
 IN_MEMORY = """
 mount -t tmpfs -o "$1,mode=755" lockstep-lab "$2"
 memory=$2 root=$3
@@ -116,9 +117,13 @@ DEBIAN_FILES = {
 }
 
 
-def key_of(host: Host, family: Family) -> str:
-    """The name of the image in the cache: suite, family and a digest of all that decides its content."""
-    own = [ENABLED, DEBIAN_FILES] if family == "debian" else rpm_image.content()
+def key_of(host: Host, family: Family, kind: Kind = "container") -> str:
+    """The name of the image in the cache: suite, family or kind, and a digest of all that decides its content."""
+    name: str = family if kind == "container" else kind
+    if kind == "vm":
+        own = machine_image.content()
+    else:
+        own = [ENABLED, DEBIAN_FILES] if family == "debian" else rpm_image.content()
     content = json.dumps(
         [RECIPE, host.distribution, host.suite, host.architecture]
         + [list(part) for part in (PACKAGES, MASKED, DPKG_OPTIONS)]
@@ -126,7 +131,7 @@ def key_of(host: Host, family: Family) -> str:
         sort_keys=True,
     )
     suite = "".join(letter if letter.isalnum() else "-" for letter in host.suite)
-    return f"base-{suite}-{family}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+    return f"base-{suite}-{name}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
 
 
 def base_root(paths: Paths, key: str) -> Path:
@@ -135,14 +140,18 @@ def base_root(paths: Paths, key: str) -> Path:
 
 
 def ensure_bases(
-    paths: Paths, host: Host, wanted: Mapping[Family, str | None], progress: Progress
+    paths: Paths,
+    host: Host,
+    kind: Kind,
+    wanted: Mapping[Family, str | None],
+    progress: Progress,
 ) -> dict[Family, str]:
     """Have a base image of each family, and register this lab as one that uses them; returns their keys.
 
     wanted: family → the image that the lab's nodes of it lie on already, which is then used whatever the
     recipe says now. Raises LabError when it is gone, or a new one cannot be built.
     """
-    keys = {family: key or key_of(host, family) for family, key in wanted.items()}
+    keys = {family: key or key_of(host, family, kind) for family, key in wanted.items()}
     with locked(paths.cache / "base.lock", progress, "another lab is at the base image"):
         for family, key in keys.items():
             if not (paths.cache / key).is_dir():
@@ -154,23 +163,25 @@ def ensure_bases(
                 remove_partials(paths.cache, "base-")
                 if shutil.disk_usage(paths.cache).free < FREE_BYTES:
                     raise LabError(
-                        f"{paths.cache} has less than 1 GiB free: free some, or set LOCKSTEP_LAB"
+                        f"{paths.cache} has less than 2 GiB free: free some, or set LOCKSTEP_LAB"
                     )
                 began = progress.seconds
-                progress(f"base image: building {host.distribution} {host.suite} ({family} nodes)")
+                progress(
+                    f"base image: building {host.distribution} {host.suite} ({family} {kind}s)"
+                )
                 with building(paths.cache / key) as directory:
-                    build(directory, host, family, paths.cache / "base.log")
+                    build(directory, host, family, kind, paths.cache / "base.log")
                 progress(f"base image: {key} built in {progress.seconds - began:.0f} s")
             else:
                 progress(f"base image: {key} (from the cache)")
         register(paths, keys.values())
-        current = {key_of(host, family) for family in FAMILIES}
+        current = {key_of(host, family) for family in FAMILIES} | {key_of(host, "debian", "vm")}
         remove_unused(paths, {*keys.values(), *current})
     return keys
 
 
-def build(directory: Path, host: Host, family: Family, log: Path) -> None:
-    """Fill a directory with ``root`` (the system) and what apt knew at that moment.
+def build(directory: Path, host: Host, family: Family, kind: Kind, log: Path) -> None:
+    """Fill a directory with ``root`` (the system; a machine's is then in its disk) and what apt knew at that moment.
 
     That is ``lists`` (its package lists) and ``status`` (what the image holds).
     """
@@ -181,7 +192,11 @@ def build(directory: Path, host: Host, family: Family, log: Path) -> None:
     scratch = make_directory(directory / "tmp")
     in_memory = available_memory(Path("/proc/meminfo").read_text()) > 2 * MEMORY_BYTES
     target = make_directory(directory / "memory") / "root" if in_memory else root
-    packages = PACKAGES if family == "debian" else (*PACKAGES, *rpm_image.PACKAGES)
+    packages: tuple[str, ...] = PACKAGES
+    if kind == "vm":
+        packages += machine_image.PACKAGES
+    elif family == "rpm":
+        packages += rpm_image.PACKAGES
     argv = mmdebstrap_argv(host, packages, target, sources, lists)
     if in_memory:
         size = f"size={MEMORY_BYTES}"
@@ -190,11 +205,14 @@ def build(directory: Path, host: Host, family: Family, log: Path) -> None:
     for path in (scratch, directory / "memory"):
         remove_tree(path)
     shutil.copyfile(root / "var/lib/dpkg/status", directory / "status")
-    if family == "debian":
-        settle(root, {**FILES, **DEBIAN_FILES}, ENABLED)
-    else:
+    if kind == "vm":
+        settle(root, {**FILES, **machine_image.FILES}, machine_image.ENABLED, machine_image.MASKED)
+        machine_image.to_disk(directory, log)
+    elif family == "rpm":
         rpm_image.turn(root, directory / "status", log)
         settle(root, FILES, rpm_image.ENABLED)
+    else:
+        settle(root, {**FILES, **DEBIAN_FILES}, ENABLED)
 
 
 def mmdebstrap_argv(
@@ -223,7 +241,9 @@ def available_memory(meminfo: str) -> int:
     return 0
 
 
-def settle(root: Path, files: Mapping[str, str], enabled: Collection[str]) -> None:
+def settle(
+    root: Path, files: Mapping[str, str], enabled: Collection[str], masked: Collection[str] = ()
+) -> None:
     """Turn a fresh system into a node's base: quick to boot, offline, without an identity of its own."""
     for stale in [
         *root.glob("etc/ssh/ssh_host_*"),
@@ -243,7 +263,7 @@ def settle(root: Path, files: Mapping[str, str], enabled: Collection[str]) -> No
     for name in ("srv/lockstep/packages", "shared", "var/log/journal"):
         make_directory(root / name)
     run(["systemctl", f"--root={root}", "--quiet", "enable", *enabled])
-    for unit in MASKED:
+    for unit in (*MASKED, *masked):
         link = root / "etc/systemd/system" / unit
         link.unlink(missing_ok=True)
         link.symlink_to("/dev/null")

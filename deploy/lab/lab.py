@@ -7,7 +7,6 @@ any point: it looks at what there is and does the rest.
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,10 +14,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from deploy.lab import cluster_file, image, network, processes, ssh
+from deploy.lab import cluster_file, image, kinds, network, processes, ssh
 from deploy.lab import environment as environments
 from deploy.lab import node as nodes
-from deploy.lab.commands import environment, run
+from deploy.lab.commands import environment
 from deploy.lab.errors import LabError
 from deploy.lab.files import make_directory, remove_partials, remove_tree, retire, write_whole
 from deploy.lab.host import Host, read_host
@@ -28,6 +27,7 @@ from deploy.lab.repository import ensure_repository, wanted
 from deploy.lab.state import (
     SYSTEMS,
     Family,
+    Kind,
     Paths,
     Record,
     choose_index,
@@ -54,6 +54,7 @@ class Request:
     write: where the cluster file goes, or None for the usual place.
     packages: packages that the local repository holds beyond the default ones.
     os: which systems the nodes have, a key of state.SYSTEMS, or None for what they have.
+    kind: what the nodes are, or None for what they are.
     """
 
     count: int | None = None
@@ -65,6 +66,7 @@ class Request:
     write: str | None = None
     packages: tuple[str, ...] = ()
     os: str | None = None
+    kind: Kind | None = None
 
 
 def prepare(
@@ -73,6 +75,7 @@ def prepare(
     request: Request,
     progress: Progress,
     *,
+    kind: Kind,
     bases: Mapping[Family, str | None],
     then: Callable[[Mapping[Family, str]], None] | None = None,
 ) -> Path | None:
@@ -84,7 +87,7 @@ def prepare(
     make_directory(paths.cache)
 
     def system() -> None:
-        keys = image.ensure_bases(paths, host, bases, progress)
+        keys = image.ensure_bases(paths, host, kind, bases, progress)
         if then is not None:
             then(keys)
 
@@ -127,14 +130,13 @@ def up(paths: Paths, environ: Mapping[str, str], request: Request, progress: Pro
         packages = tuple(dict.fromkeys([*record.packages, *request.packages]))
         remove_partials(paths.state)
         remove_partials(paths.nodes)
-        nodes.check_overlay(paths)
-        there = nodes.existing(paths, record)
-        if request.os and there and request.os != record.os:
-            raise LabError(
-                f"this lab has --os {record.os}, and its nodes cannot become {request.os}: run `lab down` "
-                "first, or set LOCKSTEP_LAB for a second lab"
-            )
-        record = _networked(paths, replace(record, os=request.os or record.os), progress)
+        there = kinds.existing(paths, record)
+        record = _as_asked(record, request, there)
+        kind = kinds.KINDS[record.kind]
+        asked = request.count or max(len(there), DEFAULT_NODES)
+        on = sum(node.is_on() for node in there)
+        kind.check(paths, max(0, asked - on))
+        record = _networked(paths, record, progress)
         bases: dict[Family, str | None] = dict.fromkeys(SYSTEMS[record.os])
         for node in there:
             if bases[node.family] not in (None, node.base):
@@ -147,14 +149,16 @@ def up(paths: Paths, environ: Mapping[str, str], request: Request, progress: Pro
         def write(archive: Path | None) -> None:
             entries = [node.entry() for node in found]
             job = Path(record.job) if record.job else None
-            cluster_file.write_cluster_file(target, paths, record, entries, archive, job)
+            cluster_file.write_cluster_file(
+                target, paths, record, entries, archive, job, own_kernel=kind.own_kernel
+            )
 
         def bring_up(keys: Mapping[Family, str]) -> None:
-            ensure_repository(paths, host, keys, packages, progress)
-            found.extend(_bring_up(paths, record, keys, there, request.count, progress))
+            ensure_repository(paths, host, keys, [*kind.repository, *packages], progress)
+            found.extend(_bring_up(paths, record, keys, there, asked, progress))
             write(Path(record.archive) if record.archive else None)
 
-        made = prepare(paths, host, request, progress, bases=bases, then=bring_up)
+        made = prepare(paths, host, request, progress, kind=record.kind, bases=bases, then=bring_up)
         save_record(
             paths,
             replace(record, packages=packages, archive=str(made) if made else record.archive),
@@ -169,10 +173,29 @@ def prepare_only(paths: Paths, request: Request, progress: Progress) -> None:
     """Fill the cache, so that a later ``up`` has nothing slow left to do. Raises LabError."""
     host = read_host()
     with locked(paths.lock, progress):
-        nodes.check_overlay(paths)
-        prepare(
-            paths, host, request, progress, bases=dict.fromkeys(SYSTEMS[request.os or "debian"])
+        record = _as_asked(Record(0), request, ())
+        kinds.KINDS[record.kind].check(paths, 0)
+        bases: dict[Family, str | None] = dict.fromkeys(SYSTEMS[record.os])
+        prepare(paths, host, request, progress, kind=record.kind, bases=bases)
+
+
+def _as_asked(record: Record, request: Request, there: Sequence[Node]) -> Record:
+    """The record with the kind and system that are asked for. Raises LabError where the nodes have another one."""
+    asked = replace(record, os=request.os or record.os, kind=request.kind or record.kind)
+    for name in ("kind", "os"):
+        has, wanted_one = getattr(record, name), getattr(asked, name)
+        if there and has != wanted_one:
+            raise LabError(
+                f"this lab has --{name} {has}, and its nodes cannot become {wanted_one}: run `lab down` "
+                "first, or set LOCKSTEP_LAB for a second lab"
+            )
+    families = kinds.KINDS[asked.kind].families
+    if not set(SYSTEMS[asked.os]) <= set(families):
+        raise LabError(
+            f"--kind {asked.kind} has no nodes with --os {asked.os}: give --os {', '.join(families)}, or "
+            "leave --kind out"
         )
+    return asked
 
 
 def _record(paths: Paths) -> Record:
@@ -193,7 +216,7 @@ def _networked(paths: Paths, record: Record, progress: Progress) -> Record:
     with locked(NETWORK_LOCK, progress, "another lab chooses its network"):
         taken = network.taken_indexes(network.links(), paths.state, record.index)
         if record.index in taken:
-            if nodes.existing(paths, record):
+            if kinds.existing(paths, record):
                 raise LabError(
                     f"the lab's network 10.77.{record.index}.0/24 is now used by something else on this "
                     "machine: free it, or run `lab down` and `lab up` to get another"
@@ -209,14 +232,13 @@ def _bring_up(
     record: Record,
     bases: Mapping[Family, str],
     there: Sequence[Node],
-    count: int | None,
+    asked: int,
     progress: Progress,
 ) -> list[Node]:
-    """Create and start nodes up to the count; returns all nodes of the lab."""
-    asked = count or max(len(there), DEFAULT_NODES)
+    """Create and start nodes up to the number asked for; returns all nodes of the lab."""
     known = {node.number: node for node in there}
     new = [
-        Node(paths, record, number, bases[record.family(number)])
+        kinds.KINDS[record.kind](paths, record, number, bases[record.family(number)])
         for number in range(1, asked + 1)
         if number not in known
     ]
@@ -249,11 +271,10 @@ def _bring_up(
 
 def start_all(wanted_on: Sequence[Node], progress: Progress) -> None:
     """Start nodes side by side and wait for all. Raises the first LabError after all were tried."""
-    version = nodes.nspawn_version(run(["systemd-nspawn", "--version"]))
 
     def bring(node: Node) -> None:
         began = progress.seconds
-        started = nodes.start(node, version)
+        started = node.start()
         nodes.wait_until_up(node)
         how = f"up in {progress.seconds - began:.1f} s" if started else "is up already"
         progress(f"{node.name} ({node.address}): {how}")
@@ -263,10 +284,10 @@ def start_all(wanted_on: Sequence[Node], progress: Progress) -> None:
         check_bridge(wanted_on[0], wanted_on[1])
 
 
-def each(act: Callable[[Node], None], chosen: Iterable[Node]) -> None:
+def each(act: Callable[[Node], object], chosen: Iterable[Node]) -> None:
     """Do the same to several nodes at once; raises the first error when all are done."""
     with ThreadPoolExecutor(nodes.MOST_NODES) as pool:
-        futures: list[Future[None]] = [pool.submit(act, node) for node in chosen]
+        futures: list[Future[object]] = [pool.submit(act, node) for node in chosen]
     for future in futures:
         future.result()
 
@@ -299,8 +320,8 @@ def down(paths: Paths, progress: Progress, *, purge: bool = False) -> None:
         record = load_record(paths)
         removed: list[str] = []
         if record is not None:
-            found = nodes.existing(paths, record)
-            each(nodes.power_off, found)
+            found = kinds.existing(paths, record)
+            each(lambda node: node.power_off(), found)
             removed += [node.name for node in found]
         stray = [
             process
@@ -352,7 +373,7 @@ def _purge(paths: Paths, removed: list[str], progress: Progress) -> None:
 def find(paths: Paths, name: str) -> Node:
     """The node of that name. Raises LabError, naming those there are."""
     record = load_record(paths)
-    found = nodes.existing(paths, record) if record else []
+    found = kinds.existing(paths, record) if record else []
     for node in found:
         if node.name == name:
             return node
@@ -368,13 +389,11 @@ def reboot(paths: Paths, name: str, progress: Progress) -> None:
     """Reboot a node from inside and wait until it answers with another boot id. Raises LabError."""
     with locked(paths.lock, progress):
         node = find(paths, name)
-        init = node.init()
-        if init is None or not nodes.is_on(node):
+        before = node.boot_id()
+        if before is None or not node.is_on():
             raise LabError(f"{name} is off: run `lab start {name}`")
-        before = nodes.boot_id(node, init)
         began = progress.seconds
-        # systemd's own signal for "start reboot.target".
-        processes.kill(init, signal.SIGRTMIN + 5)
+        node.ask_to_reboot()
         after = nodes.wait_until_up(node, not_boot=before)
         progress(
             f"{name}: rebooted in {progress.seconds - began:.1f} s (boot id {before} → {after})"
@@ -385,8 +404,7 @@ def cut(paths: Paths, name: str, progress: Progress) -> None:
     """Cut a node's power: it stays off until ``start``. Raises LabError."""
     with locked(paths.lock, progress):
         node = find(paths, name)
-        was_on = nodes.is_on(node) or node.init() is not None
-        nodes.power_off(node)
+        was_on = node.power_off()
         progress(
             f"{name}: {'cut off' if was_on else 'was off already'}; `lab start {name}` starts it"
         )
@@ -396,6 +414,7 @@ def start(paths: Paths, name: str, progress: Progress) -> None:
     """Start a node that is off and wait until it answers. Raises LabError."""
     with locked(paths.lock, progress):
         node = find(paths, name)
+        node.check(paths, 0 if node.is_on() else 1)
         make_directory(paths.shared)
         network.ensure_bridge(node.record, paths.state)
         start_all([node], progress)
@@ -403,11 +422,7 @@ def start(paths: Paths, name: str, progress: Progress) -> None:
 
 def shell(paths: Paths, name: str, command: Sequence[str]) -> int:
     """Run a command as root inside a running node, past ssh; returns its exit code. Raises LabError."""
-    node = find(paths, name)
-    init = node.init()
-    if init is None:
-        raise LabError(f"{name} is off: run `lab start {name}`")
-    return subprocess.run(nodes.shell_argv(init, command), env=environment()).returncode
+    return find(paths, name).shell(command)
 
 
 @dataclass(frozen=True)
@@ -419,6 +434,7 @@ class NodeStatus:
     state: str
     user: str
     os: Family
+    kind: Kind
     log: str
     boot_id: str | None = None
     uptime: float | None = None
@@ -440,11 +456,10 @@ def status(paths: Paths) -> Status:
     if record is None:
         return Status(str(paths.state))
     found = []
-    running = processes.inits()
-    for node in nodes.existing(paths, record):
-        init = running.get(str(node.upper))
-        boot = nodes.boot_id(node, init) if init else None
-        state = "running" if boot else "starting" if nodes.is_on(node) else "off"
+    for node in kinds.existing(paths, record):
+        boot = node.boot_id()
+        uptime = node.uptime() if boot else None
+        state = "running" if boot else "starting" if node.is_on() else "off"
         found.append(
             NodeStatus(
                 name=node.name,
@@ -452,9 +467,10 @@ def status(paths: Paths) -> Status:
                 state=state,
                 user=node.user,
                 os=node.family,
+                kind=node.kind,
                 log=str(node.log),
                 boot_id=boot,
-                uptime=round(nodes.uptime(init), 1) if init and boot else None,
+                uptime=round(uptime, 1) if uptime is not None else None,
             )
         )
     written = tuple(name for name in record.written if Path(name).is_file())
@@ -475,11 +491,13 @@ def table(value: Status) -> str:
     """The status as a table for people."""
     if not value.nodes:
         return f"no node in {value.state} (`lab up` makes two)\n"
-    rows = [("NODE", "ADDRESS", "OS", "STATE", "USER", "UPTIME", "BOOT ID")]
+    rows = [("NODE", "ADDRESS", "KIND", "OS", "STATE", "USER", "UPTIME", "BOOT ID")]
     for node in value.nodes:
         uptime = "-" if node.uptime is None else _duration(node.uptime)
         boot = node.boot_id or "-"
-        rows.append((node.name, node.address, node.os, node.state, node.user, uptime, boot))
+        rows.append(
+            (node.name, node.address, node.kind, node.os, node.state, node.user, uptime, boot)
+        )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

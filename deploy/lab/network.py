@@ -112,10 +112,10 @@ def attach(name: str, bridge: str) -> None:
         run(["ip", "link", "set", name, "master", bridge, "up"])
 
 
-def network_file(address: str) -> str:
-    """The node's systemd-networkd file: static address on nspawn's ``host0``, nothing from outside."""
+def network_file(address: str, interface: str) -> str:
+    """The node's systemd-networkd file: static address on its one interface, nothing from outside."""
     return (
-        "[Match]\nName=host0\n\n"
+        f"[Match]\nName={interface}\n\n"
         f"[Link]\nMTUBytes={MTU}\nRequiredForOnline=no\n\n"
         f"[Network]\nAddress={address}/24\n"
         "DHCP=no\nLinkLocalAddressing=no\nIPv6AcceptRA=no\nLLDP=no\nEmitLLDP=no\n"

@@ -1,49 +1,39 @@
-"""One node: what it has beyond the base image, and how it is started, cut off and looked at.
+"""One node of any kind: what is its own in it, its records, and when it is up.
 
-A node is a directory: ``upper`` holds everything that differs from the base image, so a node costs
-kilobytes until somebody changes it, and stays as it was over reboots, power cuts and ``up``.
+A node is a directory: what differs from the base image lies there, so a node costs kilobytes until
+somebody changes it, and stays as it was over reboots, power cuts and ``up``. How it runs is its kind's
+affair: ``container`` and ``machine``.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from deploy.lab import cgroups, processes, ssh
+from deploy.lab import processes, ssh
 from deploy.lab.cluster_file import Entry
 from deploy.lab.commands import environment
 from deploy.lab.errors import LabError
-from deploy.lab.files import (
-    building,
-    make_directory,
-    partial_beside,
-    read_json,
-    remove_tree,
-    write_json,
-    write_whole,
-)
+from deploy.lab.files import building, make_directory, read_json, write_json, write_whole
 from deploy.lab.image import base_root
-from deploy.lab.network import attach, network_file, remove_link
-from deploy.lab.repository import MOUNTED_AT
+from deploy.lab.network import network_file
 from deploy.lab.rpm_image import BASHRC
-from deploy.lab.state import ROOT, Family, Paths, Record
-from deploy.lab.supervisor import OWN_MARK, overlay_argv
+from deploy.lab.state import ROOT, Family, Kind, Paths, Record
+from deploy.lab.supervisor import OWN_MARK
 
 MOST_NODES = 8
 SUDO_NODE = 2
 """node2 is entered as a sudo user with a password, because real clusters are; the others as root."""
 SUDO_USER = "ops"
-BOOT_SECONDS = 90.0
 OFF_SECONDS = 20.0
 SHELL_VARIABLES = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
@@ -51,18 +41,26 @@ SHELL_VARIABLES = {
     "LANG": "C.UTF-8",
     "TERM": os.environ.get("TERM", "dumb"),
 }
-NSPAWN_PROPAGATE = Path("/run/systemd/nspawn/propagate")
-"""nspawn leaves an empty directory per container there when /run is no tmpfs."""
 
 
 @dataclass(frozen=True)
-class Node:
+class Node(ABC):
     """A node of a lab. number: 1 for node1. base: key of its base image."""
 
     paths: Paths
     record: Record
     number: int
     base: str
+
+    kind: ClassVar[Kind]
+    families: ClassVar[tuple[Family, ...]]
+    """What its system may be."""
+    repository: ClassVar[tuple[str, ...]] = ()
+    """Packages that the local repository offers to nodes of this kind, beside those of all."""
+    own_kernel: ClassVar[bool]
+    """Whether it has a kernel, modules, limits and a clock that are not this machine's."""
+    interface: ClassVar[str]
+    boot_seconds: ClassVar[float]
 
     @property
     def name(self) -> str:
@@ -86,6 +84,7 @@ class Node:
 
     @property
     def upper(self) -> Path:
+        """Its own files, as it got them when it was made."""
         return self.directory / "upper"
 
     @property
@@ -93,8 +92,9 @@ class Node:
         return self.directory / "console.log"
 
     @property
-    def machine(self) -> str:
-        return self.record.machine(self.name)
+    def run_file(self) -> Path:
+        """What its supervisor is told."""
+        return self.directory / "run.json"
 
     def host_key(self) -> str:
         """The node's own public host key, as it was made."""
@@ -105,57 +105,72 @@ class Node:
         password = self.paths.password(self.name) if self.user != "root" else None
         return Entry(self.name, self.address, self.user, password)
 
-    # what lives
-
     def supervisor(self) -> processes.Process | None:
         """The living supervisor, by its record."""
         record = read_json(self.directory / "supervisor.json")
-        return processes.verified(record, str(self.directory / "run.json"))
+        return processes.verified(record, str(self.run_file))
 
-    def nspawn(self) -> processes.Process | None:
-        """The living systemd-nspawn, by its record."""
-        return processes.verified(
-            read_json(self.directory / "nspawn.json"), f"--machine={self.machine}"
-        )
+    def is_on(self) -> bool:
+        """Whether it runs or boots, under a supervisor that will also bring it through a reboot."""
+        return self.supervisor() is not None
 
-    def init(self) -> processes.Process | None:
-        """The living init of the node."""
-        return processes.inits().get(str(self.upper))
+    # what a kind of nodes decides
 
+    @classmethod
+    @abstractmethod
+    def check(cls, paths: Paths, count: int) -> None:
+        """Raise LabError when this machine cannot have ``count`` more such nodes that run."""
+
+    @abstractmethod
+    def furnish(self, directory: Path) -> None:
+        """Make what such a node needs beside its own files, in its directory that is being made."""
+
+    @abstractmethod
+    def start(self) -> bool:
+        """Start it unless it runs, clearing first what an earlier life left; does not wait.
+
+        Returns whether it had to be started.
+        """
+
+    @abstractmethod
+    def power_off(self) -> bool:
+        """Cut it off as a power failure would, and clear what is left of it on this machine.
+
+        Returns whether anything of it ran. Raises LabError when a process of it does not end.
+        """
+
+    @abstractmethod
+    def ask_to_reboot(self) -> None:
+        """Have its system begin an orderly reboot."""
+
+    @abstractmethod
     def listening(self) -> list[int]:
-        """Ports on which the node accepts connections; sshd may have been moved to any."""
-        init = self.init()
-        return ssh.listening(Path(f"/proc/{init.pid}/net")) if init is not None else []
+        """Ports on which it accepts connections; sshd may have been moved to any."""
+
+    @abstractmethod
+    def boot_id(self) -> str | None:
+        """The running node's boot id, read past ssh; None when it does not run yet."""
+
+    @abstractmethod
+    def uptime(self) -> float | None:
+        """Seconds since it booted, None when it does not run yet."""
+
+    @abstractmethod
+    def execute(self, command: Sequence[str], seconds: float) -> subprocess.CompletedProcess[str]:
+        """Run a command as root in the running node, past ssh, without input; its output is kept.
+
+        Raises subprocess.TimeoutExpired, after which the command is gone or going.
+        """
+
+    @abstractmethod
+    def shell(self, command: Sequence[str]) -> int:
+        """The same with this terminal's output; without a command, a root shell. Returns the exit code."""
 
 
-def check_overlay(paths: Paths) -> None:
-    """Raise LabError when no node's root could be mounted in the state directory."""
-    trial = make_directory(partial_beside(paths.state / "overlay"))
-    try:
-        places = [str(make_directory(trial / name)) for name in ("lower", "upper", "work", "root")]
-        done = subprocess.run(
-            ["unshare", "--mount", "--propagation", "private", "--", *overlay_argv(*places)],
-            capture_output=True,
-            text=True,
-        )
-    finally:
-        remove_tree(trial)
-    if done.returncode != 0:
-        said = (done.stderr.strip().splitlines() or ["no reason given"])[0]
-        raise LabError(
-            f"no overlay can be mounted in {paths.state} ({said}): set LOCKSTEP_LAB to a directory on "
-            "ext4, xfs or btrfs; inside a container, the container must be privileged"
-        )
-
-
-def existing(paths: Paths, record: Record) -> list[Node]:
-    """The lab's nodes, in the order of their numbers."""
-    found = []
-    for number in range(1, MOST_NODES + 1):
-        value = read_json(paths.nodes / f"node{number}" / "node.json")
-        if isinstance(value, dict) and isinstance(value.get("base"), str):
-            found.append(Node(paths, record, number, value["base"]))
-    return found
+def clean(command: Sequence[str]) -> list[str]:
+    """argv of a command, or else of a login shell, that takes no variable of its caller along."""
+    variables = [f"{name}={value}" for name, value in SHELL_VARIABLES.items()]
+    return ["env", "-i", *variables, *(command or ("/bin/bash", "--login"))]
 
 
 def create(node: Node) -> None:
@@ -163,13 +178,14 @@ def create(node: Node) -> None:
     make_directory(node.paths.nodes)
     key = ssh.ensure_control_key(node.paths)
     with building(node.directory) as directory:
-        for name in ("upper", "work", "root"):
-            make_directory(directory / name)
-        writer = Writer(base_root(node.paths, node.base), directory / "upper")
+        writer = Writer(base_root(node.paths, node.base), make_directory(directory / "upper"))
         writer.write("etc/hostname", f"{node.name}\n")
         writer.write("etc/hosts", hosts_file(node.name, node.family))
         writer.write("etc/machine-id", f"{uuid.uuid4().hex}\n", 0o444)
-        writer.write("etc/systemd/network/10-host0.network", network_file(node.address))
+        writer.write(
+            f"etc/systemd/network/10-{node.interface}.network",
+            network_file(node.address, node.interface),
+        )
         host_key = directory / "ssh_host_ed25519_key"
         public = ssh.make_key(host_key, f"root@{node.name}")
         writer.write("etc/ssh/ssh_host_ed25519_key", host_key.read_text(), 0o600)
@@ -181,6 +197,7 @@ def create(node: Node) -> None:
         else:
             password = ssh.ensure_password(node.paths.password(node.name))
             add_sudo_user(writer, node.family, node.user, ssh.password_hash(password), key)
+        node.furnish(directory)
         write_json(directory / "node.json", {"base": node.base})
 
 
@@ -275,80 +292,16 @@ def with_member(text: str, group: str, user: str) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-def nspawn_argv(node: Node, *, systemd_host: bool, version: int) -> list[str]:
-    """systemd-nspawn's arguments for the node. version: systemd's major version."""
-    argv = [
-        "systemd-nspawn",
-        "--boot",
-        "--settings=no",
-        f"--directory={node.directory / 'root'}",
-        f"--machine={node.machine}",
-        f"--hostname={node.name}",
-        "--register=no",
-        f"--network-bridge={node.record.bridge}",
-        # All but the host's own clock and modules.
-        "--capability=all",
-        "--drop-capability=CAP_SYS_TIME,CAP_SYS_MODULE",
-        "--link-journal=no",
-        "--resolv-conf=off",
-        "--timezone=off",
-        # nspawn copies the console to its output, which is console.log.
-        "--console=read-only",
-        "--setenv=TERM=dumb",
-        f"--bind-ro={node.paths.repository}:{MOUNTED_AT}",
-        f"--bind={node.paths.shared}:/shared",
-    ]
-    if not systemd_host:
-        argv.append("--keep-unit")
-    if version >= 250:
-        # Nodes are throw-away: dpkg's many fsyncs would cost seconds and protect nothing.
-        argv.append("--suppress-sync=yes")
-    return [*argv, "systemd.show_status=1"]
+def start_supervisor(node: Node, module: str, settings: Mapping[str, Any]) -> None:
+    """Start the process that keeps the node, in a mount namespace of its own; wait until it has its record.
 
-
-def run_settings(node: Node, *, systemd_host: bool, version: int) -> dict[str, Any]:
-    """What the supervisor is told (run.json)."""
-    return {
-        "lower": str(base_root(node.paths, node.base)),
-        "upper": str(node.upper),
-        "work": str(node.directory / "work"),
-        "root": str(node.directory / "root"),
-        "link": node.record.link(node.name),
-        "cgroup": None if systemd_host else node.machine,
-        # sysctl values that belong to the node's own network namespace can be set inside; no others.
-        "environment": {"SYSTEMD_NSPAWN_API_VFS_WRITABLE": "network"},
-        "argv": nspawn_argv(node, systemd_host=systemd_host, version=version),
-    }
-
-
-def nspawn_version(text: str) -> int:
-    """The major version from ``systemd-nspawn --version``; 0 when it says none."""
-    words = text.split()
-    return int(words[1]) if len(words) > 1 and words[1].isdigit() else 0
-
-
-def is_on(node: Node) -> bool:
-    """Whether the node runs or boots, under a supervisor that will also bring it through a reboot."""
-    return node.supervisor() is not None
-
-
-def start(node: Node, version: int) -> bool:
-    """Start the node unless it runs, clearing first what an earlier life of it left; does not wait.
-
-    Returns whether it had to be started.
+    module: it is told ``settings`` in run.json, and its output goes to console.log.
     """
-    if is_on(node):
-        attach(node.record.link(node.name), node.record.bridge)
-        return False
-    power_off(node)
-    systemd_host = cgroups.host_has_systemd()
-    settings = run_settings(node, systemd_host=systemd_host, version=version)
-    run_file = node.directory / "run.json"
-    write_json(run_file, settings)
+    write_json(node.run_file, settings)
     with node.log.open("ab") as log:
         started = subprocess.Popen(
             ["unshare", "--mount", "--propagation", "private", "--"]
-            + [sys.executable, "-m", "deploy.lab.supervisor", str(run_file)],
+            + [sys.executable, "-m", module, str(node.run_file)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -358,48 +311,17 @@ def start(node: Node, version: int) -> bool:
             ),
             start_new_session=True,
         )
-    while not is_on(node) and started.poll() is None:
+    while not node.is_on() and started.poll() is None:
         time.sleep(0.02)
-    return True
 
 
-def power_off(node: Node) -> None:
-    """Cut the node off as a power failure would, and clear what is left of it on this machine.
-
-    Raises LabError when a process of it does not end.
-    """
-    supervisor, init = node.supervisor(), node.init()
-    if init is not None:
-        processes.kill(init)
-    if supervisor is not None:
-        processes.kill(supervisor, signal.SIGTERM)
-        if processes.wait_gone([supervisor], OFF_SECONDS):
-            processes.kill(supervisor)
-    nspawn = node.nspawn()
-    if nspawn is not None and processes.wait_gone([nspawn], 2.0):
-        processes.kill(nspawn)
-    until = time.monotonic() + OFF_SECONDS
-    while (left := node.init()) is not None:
-        processes.kill(left)
-        if time.monotonic() > until:
-            raise LabError(f"{node.name}: process {left.pid} does not end: reboot this machine")
-        time.sleep(0.05)
-    for record in ("supervisor.json", "nspawn.json"):
-        (node.directory / record).unlink(missing_ok=True)
-    with contextlib.suppress(OSError):
-        (NSPAWN_PROPAGATE / node.machine).rmdir()
-    remove_link(node.record.link(node.name))
-    if not cgroups.host_has_systemd():
-        cgroups.leave_and_remove(node.machine)
-
-
-def wait_until_up(node: Node, not_boot: str | None = None, seconds: float = BOOT_SECONDS) -> str:
+def wait_until_up(node: Node, not_boot: str | None = None) -> str:
     """Wait until the node accepts a login and has booted; returns its boot id.
 
     not_boot: a boot id that does not count (the one before a reboot). Raises LabError, naming the
     console log, when the node is off, does not answer in time, or has failed units.
     """
-    until = time.monotonic() + seconds
+    until = time.monotonic() + node.boot_seconds
     said = "no answer"
     while time.monotonic() < until:
         try:
@@ -408,9 +330,9 @@ def wait_until_up(node: Node, not_boot: str | None = None, seconds: float = BOOT
             )
         except TimeoutError as error:
             said = str(error)
-            if not is_on(node):
+            if not node.is_on():
                 time.sleep(0.5)
-                if not is_on(node):
+                if not node.is_on():
                     raise LabError(
                         f"{node.name} went off while it was starting: {last_words(node.log)} "
                         f"(its console: {node.log})"
@@ -424,7 +346,7 @@ def wait_until_up(node: Node, not_boot: str | None = None, seconds: float = BOOT
             return boot
         time.sleep(0.1)
     raise LabError(
-        f"{node.name} ({node.address}) did not let {node.user} in within {seconds:.0f} s ({said}); "
+        f"{node.name} ({node.address}) did not let {node.user} in within {node.boot_seconds:.0f} s ({said}); "
         f"its console: {node.log}"
     )
 
@@ -438,28 +360,3 @@ def last_words(log: Path) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     failures = [line for line in lines if line.startswith((OWN_MARK + "cannot", "Failed"))]
     return (failures or lines or ["it said nothing"])[-1].removeprefix(OWN_MARK)
-
-
-def boot_id(node: Node, init: processes.Process) -> str | None:
-    """The running node's boot id, read through its init."""
-    try:
-        path = Path(f"/proc/{init.pid}/root/proc/sys/kernel/random/boot_id")
-        return path.read_text().strip()
-    except OSError:
-        return None
-
-
-def uptime(init: processes.Process) -> float:
-    """Seconds since the node's init started."""
-    now = float(Path("/proc/uptime").read_text().split()[0])
-    return now - init.start / os.sysconf("SC_CLK_TCK")
-
-
-def shell_argv(init: processes.Process, command: Sequence[str]) -> list[str]:
-    """argv that runs a command as root inside a running node, past ssh; a login shell without one."""
-    inside = ["--all", "--root", "--wd"]
-    variables = [f"{name}={value}" for name, value in SHELL_VARIABLES.items()]
-    return [
-        *("nsenter", "--target", str(init.pid), *inside, "--"),
-        *("env", "-i", *variables, *(command or ("/bin/bash", "--login"))),
-    ]

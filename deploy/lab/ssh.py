@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import socket
 import subprocess
@@ -81,19 +82,25 @@ def login(paths: Paths, user: str, address: str, port: int = PORT) -> list[str]:
 
 def listening(net: Path) -> list[int]:
     """Ports on which something accepts connections, the usual one of sshd first. net: /proc/PID/net."""
-    found = set()
+    tables = ""
     for name in ("tcp", "tcp6"):
-        try:
-            lines = (net / name).read_text().splitlines()[1:]
-        except OSError:  # the node goes or comes
-            continue
-        for _, local, _, state, *_ in map(str.split, lines):
-            if state == LISTENING:
-                found.add(int(local.rpartition(":")[2], 16))
+        with contextlib.suppress(OSError):  # the node goes or comes
+            tables += (net / name).read_text()
+    return ports_of(tables)
+
+
+def ports_of(tables: str) -> list[int]:
+    """The same from the text of /proc/net/tcp and tcp6."""
+    lines = (line.split() for line in tables.splitlines())
+    found = {
+        int(fields[1].rpartition(":")[2], 16)
+        for fields in lines
+        if len(fields) > 3 and fields[3] == LISTENING
+    }
     return sorted(found, key=lambda port: (port != PORT, port))
 
 
-def greets(address: str, port: int, seconds: float = 0.5) -> bool:
+def greets(address: str, port: int, seconds: float = 2.0) -> bool:
     """Whether an SSH server answers there: it speaks first (RFC 4253, section 4.2)."""
     try:
         with socket.create_connection((address, port), timeout=seconds) as connection:

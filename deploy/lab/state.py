@@ -25,6 +25,8 @@ NETWORKS = 200
 Family = Literal["debian", "rpm"]
 """How a node's packages are managed, and all that comes with it."""
 FAMILIES: tuple[Family, ...] = get_args(Family)
+Kind = Literal["container", "vm"]
+"""What a node is: a container on this machine's kernel, or an emulated machine with its own."""
 SYSTEMS: dict[str, tuple[Family, ...]] = {
     "debian": ("debian",),
     "rpm": ("rpm",),
@@ -113,7 +115,7 @@ class Record:
     archive, job: what the cluster file names, until another ``up`` says otherwise.
     packages: packages of the local repository beyond the default ones.
     cache: the cache that holds the nodes' base images.
-    os: a key of SYSTEMS.
+    os: a key of SYSTEMS. kind: what all its nodes are.
     """
 
     index: int
@@ -123,6 +125,7 @@ class Record:
     job: str | None = None
     packages: tuple[str, ...] = field(default=())
     os: str = "debian"
+    kind: Kind = "container"
 
     def family(self, number: int) -> Family:
         """The family of the node with that number."""
@@ -143,11 +146,11 @@ class Record:
         return f"10.77.{self.index}.{10 + number}"
 
     def machine(self, node: str) -> str:
-        """The container's name: unique over labs, short enough for the link name ``vb-…`` (15 characters)."""
+        """The container's or machine's name: unique over labs, short enough for the link name ``vb-…`` (15 characters)."""
         return f"ls{self.index}-{node}"
 
     def link(self, node: str) -> str:
-        """The host's end of the node's link to the bridge, as nspawn names it."""
+        """The host's end of the node's link to the bridge, as nspawn names a container's."""
         return f"vb-{self.machine(node)}"
 
 
@@ -164,6 +167,7 @@ def load_record(paths: Paths) -> Record | None:
         job=value.get("job"),
         packages=tuple(value.get("packages") or ()),
         os=str(value.get("os") or "debian"),
+        kind="vm" if value.get("kind") == "vm" else "container",
     )
 
 
@@ -179,6 +183,7 @@ def save_record(paths: Paths, record: Record) -> None:
             "job": record.job,
             "packages": list(record.packages),
             "os": record.os,
+            "kind": record.kind,
         },
     )
 

@@ -1,6 +1,6 @@
-"""The process that keeps one node: mounts its root, runs nspawn, and starts it again when it reboots.
+"""The process that keeps one container: mounts its root, runs nspawn, and starts it again when it reboots.
 
-Started detached by ``node.start`` inside a mount namespace of its own, so that the root's mount ends
+Started detached by ``node.start_supervisor`` inside a mount namespace of its own, so that the root's mount ends
 with the last process of the node, however that process ends. It is told everything by ``run.json`` and
 records itself and nspawn beside it. It ends when the node powers off, is cut off, or on SIGTERM.
 """
@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -93,9 +94,22 @@ def keep(directory: Path, settings: dict[str, Any]) -> int:
     return code
 
 
-def main(argv: list[str]) -> int:
-    """``python -m deploy.lab.supervisor NODE_DIRECTORY/run.json``."""
-    run_file = Path(argv[0])
+def keep_container(directory: Path, settings: dict[str, Any]) -> None:
+    """Mount the node's root and run it. Raises LabError, OSError."""
+    if settings["cgroup"]:
+        cgroups.enter(settings["cgroup"])
+    mount_root(settings)
+    try:
+        keep(directory, settings)
+    finally:
+        (directory / "nspawn.json").unlink(missing_ok=True)
+
+
+def supervise(run_file: Path, keep: Callable[[Path, dict[str, Any]], object]) -> int:
+    """Be the one supervisor of a node, with a record of it, while ``keep`` runs the node; the exit code.
+
+    keep: gets the node's directory and the content of the run file.
+    """
     directory = run_file.parent
     lock = os.open(directory / "supervisor.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
@@ -110,9 +124,6 @@ def main(argv: list[str]) -> int:
     own = processes.identify(os.getpid())
     write_json(directory / "supervisor.json", own.as_json() if own else None)
     try:
-        if settings["cgroup"]:
-            cgroups.enter(settings["cgroup"])
-        mount_root(settings)
         keep(directory, settings)
     except Stop:
         pass
@@ -121,9 +132,13 @@ def main(argv: list[str]) -> int:
         return 1
     finally:
         remove_link(settings["link"])
-        (directory / "nspawn.json").unlink(missing_ok=True)
         (directory / "supervisor.json").unlink(missing_ok=True)
     return 0
+
+
+def main(argv: list[str]) -> int:
+    """``python -m deploy.lab.supervisor NODE_DIRECTORY/run.json``."""
+    return supervise(Path(argv[0]), keep_container)
 
 
 if __name__ == "__main__":

@@ -14,11 +14,10 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, StringConstraints, TypeAdapter, ValidationError, model_validator
 
-from deploy.lab import lab
-from deploy.lab import node as nodes
-from deploy.lab.commands import environment, last_line
+from deploy.lab import kinds, lab
+from deploy.lab.commands import last_line
 from deploy.lab.errors import LabError
-from deploy.lab.processes import Process
+from deploy.lab.node import Node
 from deploy.lab.state import FAMILIES, Family, Paths
 from inventory.base import Strict
 from inventory.sentences import nearest
@@ -118,17 +117,18 @@ def inject(paths: Paths, node: str, name: str) -> Sequence[str]:
         raise LabError(f"{name} cannot be injected on {node}: choose {right}")
     there = [chosen]
     if fault.node == "all":
-        there = nodes.existing(chosen.paths, chosen.record)
-    inits = {each: _running(each) for each in there}
+        there = kinds.existing(chosen.paths, chosen.record)
     for each in there:
+        if each.boot_id() is None:
+            raise LabError(f"{each.name} is off: run `lab start {each.name}`")
         if each.family not in fault.os:
             raise LabError(
                 f"{name} is for nodes of the family {', '.join(fault.os)}, and {each.name} is {each.family}"
             )
     broken: list[str] = []
-    for each, init in inits.items():
+    for each in there:
         try:
-            _script(name, each.name, init, fault.on(each.family))
+            _script(name, each, fault.on(each.family))
         except LabError as error:
             if not broken:
                 raise
@@ -148,26 +148,13 @@ def _known(faults: Mapping[str, Fault], name: str) -> Fault:
     raise LabError(f"there is no fault {name!r}: {advice}")
 
 
-def _running(node: nodes.Node) -> Process:
-    init = node.init()
-    if init is None:
-        raise LabError(f"{node.name} is off: run `lab start {node.name}`")
-    return init
-
-
-def _script(name: str, node: str, init: Process, script: str) -> None:
+def _script(name: str, node: Node, script: str) -> None:
     try:
-        done = subprocess.run(
-            nodes.shell_argv(init, ["sh", "-ec", script]),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            env=environment(),
-            timeout=SECONDS,
-        )
+        done = node.execute(["sh", "-ec", script], SECONDS)
     except subprocess.TimeoutExpired:
-        raise LabError(f"{name} on {node}: its script did not end within {SECONDS} s") from None
+        raise LabError(
+            f"{name} on {node.name}: its script did not end within {SECONDS} s"
+        ) from None
     if done.returncode:
         reason = last_line(done.stderr or done.stdout, done.returncode)
-        raise LabError(f"{name} could not be injected on {node}: {reason}")
+        raise LabError(f"{name} could not be injected on {node.name}: {reason}")

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from deploy.lab import cli, commands, lab, network, requirements
-from deploy.lab import node as nodes
 from deploy.lab.__main__ import main
+from deploy.lab.container import Container
 from deploy.lab.errors import LabError
 from deploy.lab.lab import NodeStatus, Status
+from deploy.lab.node import Node
 from deploy.lab.state import ROOT, Paths, Record, save_record
 
 
@@ -59,7 +60,10 @@ def test_what_the_set_up_installs_covers_every_program_that_a_minimal_host_lacks
     lines = (ROOT / "deploy" / "debian-packages.txt").read_text().splitlines()
     installed = {line for line in lines if not line.startswith("#")}
     always_there = {"dpkg", "apt", "util-linux", "mount", "tar"}
-    assert set(requirements.TOOLS.values()) - always_there <= installed
+    assert (
+        set({**requirements.TOOLS, **requirements.MACHINE_TOOLS}.values()) - always_there
+        <= installed
+    )
 
 
 @pytest.mark.parametrize(
@@ -156,6 +160,7 @@ def test_status_of_no_lab_and_of_a_lab_that_is_off(
             "state": "off",
             "user": "ops",
             "os": "debian",
+            "kind": "container",
             "log": str(paths.nodes / "node2/console.log"),
             "boot_id": None,
             "uptime": None,
@@ -172,7 +177,6 @@ def test_a_lab_that_is_up_does_not_change_its_system(
     save_record(paths, Record(7, os="mixed"))
     monkeypatch.setattr(lab, "read_host", lambda: None)
     monkeypatch.setattr(network, "links", list)
-    monkeypatch.setattr(nodes, "check_overlay", lambda paths: None)
     assert main(["up", "--os", "rpm", "--write", str(as_root / "c.yaml")]) == 2
     said = capsys.readouterr().err
     assert "this lab has --os mixed, and its nodes cannot become rpm: run `lab down`" in said
@@ -181,13 +185,13 @@ def test_a_lab_that_is_up_does_not_change_its_system(
 
 def test_the_table_shows_a_row_a_node() -> None:
     rows = (
-        NodeStatus("node1", "10.77.0.11", "running", "root", "debian", "/l", "b0-01", 42.0),
-        NodeStatus("node2", "10.77.0.12", "off", "ops", "rpm", "/l"),
+        NodeStatus("node1", "10.77.0.11", "running", "root", "debian", "vm", "/l", "b0-01", 42.0),
+        NodeStatus("node2", "10.77.0.12", "off", "ops", "rpm", "container", "/l"),
     )
     assert lab.table(Status("/srv/lab", "lockstep0", (), rows)).splitlines() == [
-        "NODE   ADDRESS     OS      STATE    USER  UPTIME  BOOT ID",
-        "node1  10.77.0.11  debian  running  root  42 s    b0-01",
-        "node2  10.77.0.12  rpm     off      ops   -       -",
+        "NODE   ADDRESS     KIND       OS      STATE    USER  UPTIME  BOOT ID",
+        "node1  10.77.0.11  vm         debian  running  root  42 s    b0-01",
+        "node2  10.77.0.12  container  rpm     off      ops   -       -",
     ]
 
 
@@ -200,10 +204,10 @@ def test_taking_down_what_was_never_up_is_fine(
 
 def test_all_nodes_are_tried_before_an_error_is_told(tmp_path: Path) -> None:
     paths = Paths(tmp_path, tmp_path)
-    chosen = [nodes.Node(paths, Record(7), number, "b") for number in (1, 2, 3)]
+    chosen = [Container(paths, Record(7), number, "b") for number in (1, 2, 3)]
     tried: list[str] = []
 
-    def act(node: nodes.Node) -> None:
+    def act(node: Node) -> None:
         tried.append(node.name)
         if node.number == 1:
             raise LabError("node1 is broken")

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from deploy.lab import cli, faults, lab
-from deploy.lab import node as nodes
+from deploy.lab import cli, container, faults, kinds, lab
+from deploy.lab.container import Container
 from deploy.lab.errors import LabError
 from deploy.lab.processes import Process
 from deploy.lab.state import ROOT, Paths, Record
@@ -113,11 +113,11 @@ def test_the_list_for_scripts_has_name_families_and_finding(
 def two_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Paths:
     """A lab whose node1 is Debian, whose node2 is of the RPM family, and whose node3 is off."""
     paths = Paths(tmp_path, tmp_path / "cache")
-    there = {f"node{n}": nodes.Node(paths, Record(3, os="mixed"), n, "base") for n in (1, 2, 3)}
+    there = {f"node{n}": Container(paths, Record(3, os="mixed"), n, "base") for n in (1, 2, 3)}
     monkeypatch.setattr(lab, "find", lambda paths, name: there[name])
-    monkeypatch.setattr(nodes, "existing", lambda paths, record: list(there.values())[:2])
+    monkeypatch.setattr(kinds, "existing", lambda paths, record: list(there.values())[:2])
     monkeypatch.setattr(
-        nodes.Node,
+        Container,
         "init",
         lambda node: None if node.number == 3 else Process(node.number, 1, "boot"),
     )
@@ -125,7 +125,10 @@ def two_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Paths:
     def argv(init: Process, command: list[str]) -> list[str]:
         return ["env", f"broken={tmp_path}/broken-{init.pid}", *command]
 
-    monkeypatch.setattr(nodes, "shell_argv", argv)
+    monkeypatch.setattr(container, "shell_argv", argv)
+    monkeypatch.setattr(
+        Container, "boot_id", lambda node: None if node.number == 3 else f"boot-{node.number}"
+    )
     known = {
         "pdsh/debian": {**EITHER, "os": ["debian"]},
         "pdsh/head": {**EITHER, "node": "head"},

@@ -13,7 +13,7 @@ from deploy.lab.errors import LabError
 from deploy.lab.files import partial_beside
 from deploy.lab.host import Host, Source
 from deploy.lab.progress import Progress
-from deploy.lab.state import FAMILIES, Family, Paths, Record, save_record
+from deploy.lab.state import FAMILIES, Family, Kind, Paths, Record, save_record
 
 HOST = Host("debian", "bookworm", "amd64", (Source("http://a", "bookworm", ("main",)),))
 QUIET = Progress(io.StringIO())
@@ -29,7 +29,7 @@ def paths(tmp_path: Path) -> Paths:
 def builds(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     made: list[Path] = []
 
-    def build(directory: Path, host: Host, family: Family, log: Path) -> None:
+    def build(directory: Path, host: Host, family: Family, kind: Kind, log: Path) -> None:
         made.append(directory)
         (directory / "root").mkdir()
 
@@ -38,7 +38,7 @@ def builds(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 
 def ensure_base(paths: Paths, existing: str | None = None) -> str:
-    return image.ensure_bases(paths, HOST, {"debian": existing}, QUIET)["debian"]
+    return image.ensure_bases(paths, HOST, "container", {"debian": existing}, QUIET)["debian"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -76,7 +76,7 @@ def test_a_proxy_setting_of_the_host_does_not_change_the_image() -> None:
 def test_a_mixed_lab_has_both_images_and_keeps_both(paths: Paths, builds: list[Path]) -> None:
     paths.state.mkdir()
     save_record(paths, Record(1))
-    keys = image.ensure_bases(paths, HOST, {"debian": None, "rpm": None}, QUIET)
+    keys = image.ensure_bases(paths, HOST, "container", {"debian": None, "rpm": None}, QUIET)
     assert len(builds) == 2
     assert len(set(keys.values())) == 2
     ensure_base(Paths(paths.state.with_name("other"), paths.cache))
@@ -102,7 +102,7 @@ def test_a_half_built_image_is_removed_and_built_again(paths: Paths, builds: lis
 
 
 def test_a_build_that_fails_leaves_no_image(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
-    def build(directory: Path, host: Host, family: Family, log: Path) -> None:
+    def build(directory: Path, host: Host, family: Family, kind: Kind, log: Path) -> None:
         (directory / "root").mkdir()
         raise LabError("no mirror")
 
@@ -227,7 +227,7 @@ def test_the_image_is_built_in_memory_where_there_is_enough(
     status = tmp_path / "root/var/lib/dpkg/status"
     status.parent.mkdir(parents=True)
     status.write_text("Package: x\n")
-    image.build(tmp_path, HOST, "debian", tmp_path / "log")
+    image.build(tmp_path, HOST, "debian", "container", tmp_path / "log")
     assert (tmp_path / "status").read_text() == "Package: x\n"
     [argv] = ran
     assert (argv[0] == "sh") is wrapped

@@ -93,7 +93,7 @@ def test_a_bridge_of_somebody_else_is_neither_used_nor_removed(
 
 
 def test_the_node_s_network_file_is_static_and_has_no_way_out() -> None:
-    text = network.network_file("10.77.5.12")
+    text = network.network_file("10.77.5.12", "host0")
     assert "Address=10.77.5.12/24\n" in text
     assert "MTUBytes=1500\n" in text
     assert "DHCP=no\n" in text

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from deploy.lab import container, kinds, ssh
 from deploy.lab import node as nodes
-from deploy.lab import ssh
+from deploy.lab.container import Container
 from deploy.lab.files import partial_beside
-from deploy.lab.node import Node
 from deploy.lab.processes import Process
 from deploy.lab.state import SYSTEMS, Paths, Record
 
@@ -50,8 +50,8 @@ def paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owners: dict[str, int
     return Paths(tmp_path / "lab", tmp_path / "cache")
 
 
-def made(paths: Paths, number: int, os: str = "debian") -> Node:
-    node = Node(paths, Record(7, os=os), number, "base-1")
+def made(paths: Paths, number: int, os: str = "debian") -> Container:
+    node = Container(paths, Record(7, os=os), number, "base-1")
     nodes.create(node)
     return node
 
@@ -146,7 +146,7 @@ def test_a_half_made_node_is_no_node(paths: Paths) -> None:
     made(paths, 3)
     partial_beside(paths.nodes / "node2").mkdir()
     (paths.nodes / "node4").mkdir()
-    assert [node.name for node in nodes.existing(paths, Record(7))] == ["node1", "node3"]
+    assert [node.name for node in kinds.existing(paths, Record(7))] == ["node1", "node3"]
 
 
 def test_a_node_that_could_not_be_made_leaves_nothing(
@@ -159,7 +159,9 @@ def test_a_node_that_could_not_be_made_leaves_nothing(
 
 
 def test_nspawn_is_told_to_keep_its_hands_off_the_host(paths: Paths) -> None:
-    argv = nodes.nspawn_argv(Node(paths, Record(7), 1, "base-1"), systemd_host=False, version=252)
+    argv = container.nspawn_argv(
+        Container(paths, Record(7), 1, "base-1"), systemd_host=False, version=252
+    )
     assert argv[0] == "systemd-nspawn"
     assert "--drop-capability=CAP_SYS_TIME,CAP_SYS_MODULE" in argv
     assert "--network-bridge=lockstep7" in argv
@@ -176,8 +178,8 @@ def test_nspawn_is_told_to_keep_its_hands_off_the_host(paths: Paths) -> None:
 def test_nspawn_s_arguments_follow_the_host(
     paths: Paths, systemd_host: bool, version: int, keep_unit: bool, no_sync: bool
 ) -> None:
-    node = Node(paths, Record(7), 1, "base-1")
-    settings = nodes.run_settings(node, systemd_host=systemd_host, version=version)
+    node = Container(paths, Record(7), 1, "base-1")
+    settings = container.run_settings(node, systemd_host=systemd_host, version=version)
     assert ("--keep-unit" in settings["argv"]) is keep_unit
     assert ("--suppress-sync=yes" in settings["argv"]) is no_sync
     assert settings["cgroup"] == (None if systemd_host else "ls7-node1")
@@ -195,7 +197,7 @@ def test_nspawn_s_arguments_follow_the_host(
     ],
 )
 def test_the_version_is_read(text: str, version: int) -> None:
-    assert nodes.nspawn_version(text) == version
+    assert container.nspawn_version(text) == version
 
 
 @pytest.mark.parametrize(
@@ -219,16 +221,16 @@ def test_why_a_node_went_off_is_taken_from_its_console(tmp_path: Path, log: str,
 
 
 def test_a_shell_in_a_node_takes_nothing_of_the_caller_along() -> None:
-    argv = nodes.shell_argv(Process(4242, 1, "b"), ["sh", "-c", "echo $x"])
+    argv = container.shell_argv(Process(4242, 1, "b"), ["sh", "-c", "echo $x"])
     assert argv[:4] == ["nsenter", "--target", "4242", "--all"]
     assert argv[argv.index("env") + 1] == "-i"
     assert argv[-3:] == ["sh", "-c", "echo $x"]
-    assert nodes.shell_argv(Process(4242, 1, "b"), [])[-2:] == ["/bin/bash", "--login"]
+    assert container.shell_argv(Process(4242, 1, "b"), [])[-2:] == ["/bin/bash", "--login"]
 
 
 def test_a_node_without_records_is_off(paths: Paths) -> None:
     node = made(paths, 1)
-    assert not nodes.is_on(node)
+    assert not node.is_on()
     (node.directory / "supervisor.json").write_text('{"pid": 4194000, "start": 1, "boot": "x"}')
-    assert not nodes.is_on(node)
+    assert not node.is_on()
     assert node.init() is None
