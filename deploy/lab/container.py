@@ -39,6 +39,7 @@ class Container(Node):
     own_kernel = False
     interface = "host0"
     boot_seconds = 90.0
+    login_seconds = 5.0
 
     @property
     def machine(self) -> str:

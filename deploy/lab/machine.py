@@ -50,7 +50,8 @@ class Machine(Node):
     repository = ("nfs-common", "nfs-kernel-server")
     own_kernel = True
     interface = "eth0"
-    boot_seconds = 300.0
+    boot_seconds = 600.0
+    login_seconds = 60.0
 
     @property
     def agent(self) -> Path:

@@ -61,6 +61,7 @@ class Node(ABC):
     """Whether it has a kernel, modules, limits and a clock that are not this machine's."""
     interface: ClassVar[str]
     boot_seconds: ClassVar[float]
+    login_seconds: ClassVar[float]
 
     @property
     def name(self) -> str:
@@ -326,7 +327,7 @@ def wait_until_up(node: Node, not_boot: str | None = None) -> str:
     while time.monotonic() < until:
         try:
             boot, state = ssh.wait_for_login(
-                node.paths, node.user, node.address, 1.0, node.listening
+                node.paths, node.user, node.address, 1.0, node.listening, node.login_seconds
             )
         except TimeoutError as error:
             said = str(error)

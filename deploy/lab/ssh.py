@@ -66,7 +66,7 @@ def login(paths: Paths, user: str, address: str, port: int = PORT) -> list[str]:
     """ssh argv that enters a node without ever asking. Its pinned key counts on every port."""
     options = {
         "BatchMode": "yes",
-        "ConnectTimeout": "3",
+        "ConnectTimeout": "15",
         "IdentitiesOnly": "yes",
         "StrictHostKeyChecking": "yes",
         "UserKnownHostsFile": str(paths.known_hosts),
@@ -111,11 +111,16 @@ def greets(address: str, port: int, seconds: float = 2.0) -> bool:
 
 
 def wait_for_login(
-    paths: Paths, user: str, address: str, seconds: float, ports: Callable[[], Sequence[int]]
+    paths: Paths,
+    user: str,
+    address: str,
+    seconds: float,
+    ports: Callable[[], Sequence[int]],
+    login_seconds: float = 5.0,
 ) -> tuple[str, str]:
     """Wait for a login; returns the boot id and what ``systemctl is-system-running`` says.
 
-    ports: those on which the node listens now. Raises TimeoutError with the last thing that ssh said.
+    ports: those on which the node listens now. login_seconds: how long a login that was begun may take. Raises TimeoutError with the last thing that ssh said.
     """
     until = time.monotonic() + seconds
     said = "no SSH server answers"
@@ -131,7 +136,7 @@ def wait_for_login(
                     stdin=subprocess.DEVNULL,
                     capture_output=True,
                     text=True,
-                    timeout=max(5.0, until - time.monotonic()),
+                    timeout=max(login_seconds, until - time.monotonic()),
                     env=environment(),
                 )
             except subprocess.TimeoutExpired:
