@@ -12,13 +12,13 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 from deploy.lab import faults, lab, requirements
 from deploy.lab.errors import LabError
 from deploy.lab.node import MOST_NODES
 from deploy.lab.progress import Progress
-from deploy.lab.state import SYSTEMS, Kind, Paths, paths_from
+from deploy.lab.state import KINDS, SYSTEMS, Paths, paths_from
 
 if TYPE_CHECKING:
     SubParsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -78,7 +78,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         )
         command.add_argument(
             "--kind",
-            choices=get_args(Kind),
+            choices=KINDS,
             help="what the nodes are (default: what they are, at first container); vm: virtual machines with "
             "kernels of their own, in software, so slower: for modules, NFS and honest power cuts",
         )

@@ -8,7 +8,7 @@ from deploy.lab.machine import Machine
 from deploy.lab.node import MOST_NODES, Node
 from deploy.lab.state import Kind, Paths, Record
 
-KINDS: dict[Kind, type[Node]] = {"container": Container, "vm": Machine}
+CLASSES: dict[Kind, type[Node]] = {"container": Container, "vm": Machine}
 
 
 def existing(paths: Paths, record: Record) -> list[Node]:
@@ -17,5 +17,5 @@ def existing(paths: Paths, record: Record) -> list[Node]:
     for number in range(1, MOST_NODES + 1):
         value = read_json(paths.nodes / f"node{number}" / "node.json")
         if isinstance(value, dict) and isinstance(value.get("base"), str):
-            found.append(KINDS[record.kind](paths, record, number, value["base"]))
+            found.append(CLASSES[record.kind](paths, record, number, value["base"]))
     return found

@@ -132,7 +132,7 @@ def up(paths: Paths, environ: Mapping[str, str], request: Request, progress: Pro
         remove_partials(paths.nodes)
         there = kinds.existing(paths, record)
         record = _as_asked(record, request, there)
-        kind = kinds.KINDS[record.kind]
+        kind = kinds.CLASSES[record.kind]
         asked = request.count or max(len(there), DEFAULT_NODES)
         on = sum(node.is_on() for node in there)
         kind.check(paths, max(0, asked - on))
@@ -174,7 +174,7 @@ def prepare_only(paths: Paths, request: Request, progress: Progress) -> None:
     host = read_host()
     with locked(paths.lock, progress):
         record = _as_asked(Record(0), request, ())
-        kinds.KINDS[record.kind].check(paths, 0)
+        kinds.CLASSES[record.kind].check(paths, 0)
         bases: dict[Family, str | None] = dict.fromkeys(SYSTEMS[record.os])
         prepare(paths, host, request, progress, kind=record.kind, bases=bases)
 
@@ -189,7 +189,7 @@ def _as_asked(record: Record, request: Request, there: Sequence[Node]) -> Record
                 f"this lab has --{name} {has}, and its nodes cannot become {wanted_one}: run `lab down` "
                 "first, or set LOCKSTEP_LAB for a second lab"
             )
-    families = kinds.KINDS[asked.kind].families
+    families = kinds.CLASSES[asked.kind].families
     if not set(SYSTEMS[asked.os]) <= set(families):
         raise LabError(
             f"--kind {asked.kind} has no nodes with --os {asked.os}: give --os {', '.join(families)}, or "
@@ -238,7 +238,7 @@ def _bring_up(
     """Create and start nodes up to the number asked for; returns all nodes of the lab."""
     known = {node.number: node for node in there}
     new = [
-        kinds.KINDS[record.kind](paths, record, number, bases[record.family(number)])
+        kinds.CLASSES[record.kind](paths, record, number, bases[record.family(number)])
         for number in range(1, asked + 1)
         if number not in known
     ]

@@ -26,6 +26,7 @@ Family = Literal["debian", "rpm"]
 """How a node's packages are managed, and all that comes with it."""
 FAMILIES: tuple[Family, ...] = get_args(Family)
 Kind = Literal["container", "vm"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 """What a node is: a container on this machine's kernel, or an emulated machine with its own."""
 SYSTEMS: dict[str, tuple[Family, ...]] = {
     "debian": ("debian",),

@@ -58,9 +58,10 @@ class Row:
 
 
 def cases(nodes: Mapping[str, Family] = NODES) -> list[Case]:
-    """Every fault once on each family that has a node where it can be injected. The head comes first."""
+    """Every fault of containers once on each family that has a node where it can be injected. The head comes first."""
     found: list[Case] = []
-    for name, fault in faults.read().items():
+    known = {name: each for name, each in faults.read().items() if "container" in each.kind}
+    for name, fault in known.items():
         for family in fault.os:
             fitting = [
                 node

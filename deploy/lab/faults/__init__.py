@@ -18,7 +18,7 @@ from deploy.lab import kinds, lab
 from deploy.lab.commands import last_line
 from deploy.lab.errors import LabError
 from deploy.lab.node import Node
-from deploy.lab.state import FAMILIES, Family, Paths
+from deploy.lab.state import FAMILIES, KINDS, Family, Kind, Paths
 from inventory.base import Strict
 from inventory.sentences import nearest
 
@@ -36,12 +36,14 @@ class Fault(Strict):
 
     id: the finding that verify must show for it, of this role and of no other role.
     os: the families of nodes on which it can be injected.
+    kind: the kinds of nodes on which it can be; a clock, a module or a limit of its own needs a machine.
     node: any node, the head (the lab's node1) or a worker alone, or "all": it lies on all at once.
     script: shell, run as root with ``sh -e`` on the node; one text, or one for each family.
     """
 
     id: Id
     os: tuple[Family, ...] = FAMILIES
+    kind: tuple[Kind, ...] = KINDS
     node: Literal["any", "head", "worker", "all"] = "any"
     script: Script | dict[Family, Script] = Field(alias="break")
 
@@ -51,6 +53,8 @@ class Fault(Strict):
             raise ValueError("break needs one script for each family under os, and no other")
         if not self.os or len(set(self.os)) != len(self.os):
             raise ValueError("os needs each of its families once")
+        if not self.kind or len(set(self.kind)) != len(self.kind):
+            raise ValueError("kind needs each of its kinds once")
         return self
 
     def on(self, family: Family) -> str:
@@ -82,19 +86,28 @@ def read(folder: Path = FOLDER) -> dict[str, Fault]:
 
 
 def as_json(faults: Mapping[str, Fault]) -> list[dict[str, Any]]:
-    """The stable form: name, families, id, and where it can be injected."""
+    """The stable form: name, families, kinds, id, and where it can be injected."""
     return [
-        {"name": name, "os": list(fault.os), "id": fault.id, "node": fault.node}
+        {
+            "name": name,
+            "os": list(fault.os),
+            "kind": list(fault.kind),
+            "id": fault.id,
+            "node": fault.node,
+        }
         for name, fault in faults.items()
     ]
 
 
 def table(faults: Mapping[str, Fault]) -> str:
     """The faults for a person."""
-    head = ("FAULT", "OS", "NODE", "FINDING")
+    head = ("FAULT", "OS", "KIND", "NODE", "FINDING")
     rows = [
         head,
-        *((name, ", ".join(each.os), each.node, each.id) for name, each in faults.items()),
+        *(
+            (name, ", ".join(each.os), ", ".join(each.kind), each.node, each.id)
+            for name, each in faults.items()
+        ),
     ]
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     return "".join(
@@ -115,6 +128,11 @@ def inject(paths: Paths, node: str, name: str) -> Sequence[str]:
     if not fault.fits(chosen.number):
         right = "node1, the head" if fault.node == "head" else "a node other than the head, node1"
         raise LabError(f"{name} cannot be injected on {node}: choose {right}")
+    if chosen.kind not in fault.kind:
+        raise LabError(
+            f"{name} needs nodes of another kind, and {node} is a {chosen.kind}: bring a lab up with "
+            f"`lab up --kind {fault.kind[0]}`"
+        )
     there = [chosen]
     if fault.node == "all":
         there = kinds.existing(chosen.paths, chosen.record)

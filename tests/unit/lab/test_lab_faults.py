@@ -35,6 +35,7 @@ EITHER = {"id": "pdsh-owner", "break": "true"}
         ("x: {id: a, break: ''}", "pdsh.yaml: x.break"),
         ("x: {id: a, break: {debian: 'true'}}", "one script for each family"),
         ("x: {id: a, os: [], break: 'true'}", "os needs each of its families once"),
+        ("x: {id: a, kind: [vm, vm], break: 'true'}", "kind needs each of its kinds once"),
         ("x: {", "pdsh.yaml: no YAML"),
         ("- id: a", "pdsh.yaml"),
     ],
@@ -104,6 +105,7 @@ def test_the_list_for_scripts_has_name_families_and_finding(
     assert {
         "name": "hosts/127.0.1.1",
         "os": ["debian", "rpm"],
+        "kind": ["container", "vm"],
         "id": "hostname-loopback",
         "node": "any",
     } in listed
@@ -131,6 +133,7 @@ def two_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Paths:
     )
     known = {
         "pdsh/debian": {**EITHER, "os": ["debian"]},
+        "pdsh/vm": {**EITHER, "kind": ["vm"]},
         "pdsh/head": {**EITHER, "node": "head"},
         "pdsh/worker": {**EITHER, "node": "worker", "break": {"debian": "x", "rpm": "echo r >$broken"}},
         "pdsh/all": {**EITHER, "node": "all", "break": "echo a >$broken"},
@@ -152,6 +155,11 @@ def two_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Paths:
         ("node1", "pdsh/debain", "there is no fault 'pdsh/debain': did you mean 'pdsh/debian'?"),
         ("node1", "x", "there is no fault 'x': `lockstep lab faults` lists them"),
         ("node2", "pdsh/debian", "is for nodes of the family debian, and node2 is rpm"),
+        (
+            "node1",
+            "pdsh/vm",
+            "needs nodes of another kind, and node1 is a container: bring a lab up with `lab up --kind vm`",
+        ),
         ("node2", "pdsh/head", "cannot be injected on node2: choose node1, the head"),
         ("node1", "pdsh/worker", "cannot be injected on node1: choose a node other than the head"),
         ("node3", "pdsh/worker", "node3 is off: run `lab start node3`"),
@@ -182,14 +190,17 @@ def test_the_loop_tries_every_fault_once_on_each_family_that_has_a_node_for_it()
     tried = [case for row in plan(every) for case in row]
     assert len(tried) == len(every) == len({(case.name, case.os) for case in every})
     for name, fault in faults.read().items():
-        if fault.node == "any":
+        if fault.node == "any" and "container" in fault.kind:
             assert {case.os for case in every if case.name == name} == set(fault.os)
 
 
 def test_the_two_pairs_try_every_fault_once_on_every_family_that_it_is_for() -> None:
     tried = [(case.name, case.os) for share in shares() for row in plan(share) for case in row]
     assert sorted(tried) == sorted(
-        (name, os) for name, fault in faults.read().items() for os in fault.os
+        (name, os)
+        for name, fault in faults.read().items()
+        if "container" in fault.kind
+        for os in fault.os
     )
     for share, pair in zip(shares(), (OS, MIRRORED, OS), strict=True):
         assert share and all(nodes_of(pair)[case.node] == case.os for case in share)
