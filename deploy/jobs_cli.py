@@ -115,6 +115,21 @@ def look(reached: Any, job: Named) -> Seen:
     )
 
 
+def mark(reached: Any, job: Named, seen: Seen, decision: Decision, word: str) -> str:
+    """Leave a mark in the last attempt, by a node that sees it; why that failed, or nothing."""
+    from roles.core import session
+    from roles.core.steps import quote
+    from roles.job.plan import attempt_directory
+
+    path = f"{attempt_directory(job.run, decision.attempt)}/{word}"
+    one = next(node for node in reached.nodes if node.name in _seeing(seen, decision))
+    try:
+        session.run(one, f"set -e; : >{quote(path)}", LOOK_SECONDS)
+    except session.NodeFailed as error:
+        return f"{one.name}: {path} cannot be written: {error}"
+    return ""
+
+
 def end(reached: Any, job: Named, names: Sequence[str]) -> str:
     """End the job's units on those nodes, with a checkpoint where it trains; why not, or nothing."""
     from roles.core import session
@@ -171,6 +186,9 @@ def report(job: Named, decision: Decision, seen: Seen) -> dict[str, Any]:
         "eta_s": metrics.get("eta_s") if decision.state == "running" else None,
         "checkpoint": seen.checkpoint,
         "nodes": nodes,
+        "autostart": next(
+            (state.autostart.note for state in seen.states.values() if state.autostart), None
+        ),
         "run": job.run,
         "logs": f"{job.run}/attempts/{decision.attempt}" if decision.attempt else None,
     }
@@ -200,6 +218,8 @@ def text(found: Mapping[str, Any]) -> str:
     for node in found["nodes"]:
         restarted = ", restarted since" if node["restarted"] else ""
         rows.append((f"node {node['rank']}", f"{node['name']}: {node['unit']}{restarted}"))
+    if found["autostart"] is not None:
+        rows.append(("autostart", found["autostart"] or "has not looked yet"))
     rows.append(("run", found["run"]))
     if found["logs"]:
         rows.append(("logs", found["logs"]))
@@ -230,10 +250,7 @@ def _status(arguments: argparse.Namespace) -> int:
 
 def _stop(arguments: argparse.Namespace) -> int:
     from deploy.reach import reach
-    from roles.core import session
-    from roles.core.steps import quote
     from roles.job.decide import decide
-    from roles.job.plan import attempt_directory
     from roles.registry import declared
 
     cluster = declared()
@@ -247,13 +264,9 @@ def _stop(arguments: argparse.Namespace) -> int:
         if not seen.states:
             return _say(f"no node answers: {'; '.join(seen.silent.values())}", 2)
         # The mark first: whatever ends after it has been told to.
-        if decision.state in ("running", "interrupted", "unknown") and decision.attempt:
-            marker = f"{attempt_directory(job.run, decision.attempt)}/stopped"
-            one = next(node for node in reached.nodes if node.name in _seeing(seen, decision))
-            try:
-                session.run(one, f"set -e; : >{quote(marker)}", LOOK_SECONDS)
-            except session.NodeFailed as error:
-                return _say(f"{one.name}: {marker} cannot be written: {error}", 1)
+        goes_on = decision.state in ("running", "interrupted", "unknown") and decision.attempt
+        if goes_on and (failed := mark(reached, job, seen, decision, "stopped")):
+            return _say(failed, 1)
         begin = time.monotonic()
         print(f"stopping job {job.name} on {', '.join(decision.survivors) or 'no node'} …")
         if failed := end(reached, job, decision.survivors):

@@ -32,6 +32,9 @@ SERVICES_SECONDS = 120
 POLL_SECONDS = 2
 TELL_SECONDS = 10
 REFUSED = 2
+MARK = "drained"
+WAITING = ("job-interrupted", "job-starting")
+"""What verify finds of a job that was drained; its ``autostart`` may be resuming it already."""
 
 BOOT = r"""
 IFS= read -r boot </proc/sys/kernel/random/boot_id
@@ -79,9 +82,14 @@ class Restart:
 
 @dataclass(frozen=True)
 class Drained:
-    """A job that was ended for the reboot. checkpoint: the newest complete one."""
+    """A job that was ended for the reboot. run: its directory. checkpoint: the newest complete one.
+
+    A mark in the attempt's directory holds it until the last node is back, also against its ``autostart``.
+    """
 
     name: str
+    run: str
+    attempt: int
     checkpoint: str | None
 
 
@@ -212,6 +220,9 @@ def reboot(
         for name in names
         if name not in done
     ]
+    if all(each.state == "back" for each in restarts):
+        for held in drained:
+            _release(reached, held, say)
     say("looking at what is back")
     return Outcome(restarts, drained, report_of(reached, done, [each.name for each in drained]))
 
@@ -281,13 +292,28 @@ def _drain(reached: Reached, name: str, say: Progress) -> Drained:
             f"job {name} cannot write a checkpoint, because {', '.join(silent)} is silent: lockstep stop {name} "
             "ends it without one"
         )
-    survivors = decide(name, seen.states).survivors
-    say(f"job {name} writes a checkpoint and ends on {', '.join(survivors)}")
-    if failed := jobs.end(reached, job, survivors):
+    decision = decide(name, seen.states)
+    say(f"job {name} writes a checkpoint and ends on {', '.join(decision.survivors)}")
+    if failed := jobs.mark(reached, job, seen, decision, MARK):
+        raise RebootError(failed)
+    if failed := jobs.end(reached, job, decision.survivors):
         raise RebootError(f"job {name} does not end: {failed}")
     checkpoint = jobs.look(reached, job).checkpoint
     say(f"job {name} has ended; its newest complete checkpoint is {checkpoint or 'none'}")
-    return Drained(name, checkpoint)
+    return Drained(name, job.run, decision.attempt, checkpoint)
+
+
+def _release(reached: Reached, held: Drained, say: Progress) -> None:
+    """Let the job's ``autostart`` go on with it."""
+    from roles.core import session
+    from roles.core.steps import quote
+    from roles.job.plan import attempt_directory
+
+    path = f"{attempt_directory(held.run, held.attempt)}/{MARK}"
+    try:
+        session.run(reached.nodes[0], f"rm -f {quote(path)}", LOOK_SECONDS)
+    except session.NodeFailed as error:
+        say(f"{path} cannot be removed, so job {held.name} does not resume by itself: {error}")
 
 
 def lacks(reached: Reached, node: Any) -> frozenset[str]:
@@ -372,7 +398,7 @@ def _not_up(node: Any, before: Boot) -> str:
 
 
 def report_of(reached: Reached, names: Sequence[str], drained: Sequence[str]) -> Report:
-    """What verify finds on those nodes, with its proofs; not that the job that was drained stands still."""
+    """What verify finds on those nodes, with its proofs; not that a job that was drained stands still."""
     from roles import job
     from roles.job.declared import job_of
     from roles.verify import report
@@ -388,7 +414,7 @@ def report_of(reached: Reached, names: Sequence[str], drained: Sequence[str]) ->
             each
             for each in found.findings
             if each.node in names
-            and not (waits and (each.role, each.id) == (job.role.name, "job-interrupted"))
+            and not (waits and each.role == job.role.name and each.id in WAITING)
         ],
         waiting=[each for each in found.waiting if each.node in names],
         identity=(),

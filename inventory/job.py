@@ -83,6 +83,7 @@ class _JobFile(Strict):
         Annotated[str, AfterValidator(_variable)], Annotated[str, BeforeValidator(_text)]
     ] = {}
     first_step_seconds: Annotated[int, Field(ge=1)] = 600
+    autostart: bool = False
     trainer: dict[str, Any]
 
 
@@ -96,6 +97,7 @@ class Job:
     port_range: where the rendezvous port is chosen from, both ends included.
     env: variables on top of those that each node gets anyway.
     first_step_seconds: how long a launch waits for the first step.
+    autostart: the head resumes it by itself once its nodes are back.
     trainer: the training itself, without ``output``, which the launcher sets.
     """
 
@@ -109,6 +111,7 @@ class Job:
     port_range: tuple[int, int] = (29500, 29599)
     env: Mapping[str, str] = field(default_factory=dict)
     first_step_seconds: int = 600
+    autostart: bool = False
     source: Marked | None = field(default=None, repr=False, compare=False)
 
     def decisive(self) -> dict[str, Any]:

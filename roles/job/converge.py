@@ -15,6 +15,7 @@ import yaml
 from inventory.job import Job
 from roles.core.role import Finding, Peers, Target
 from roles.core.steps import Meet, Shell, Step, quote, write_file
+from roles.job import autostart
 from roles.job.declared import job_of, members, resolved, run_directory
 from roles.job.drift import is_first, judge, new_launch, new_plan
 from roles.job.plan import Launch, Plan, attempt_directory, unit_name
@@ -33,11 +34,16 @@ def converge(
     target: Target[JobSpec], state: JobState, peers: Peers, findings: Sequence[Finding]
 ) -> Iterator[Step]:
     """End survivors; plan; start; watch. What somebody else is starting is waited for instead."""
+    ids = {found.id for found in findings}
+    if ids & autostart.IDS:
+        yield from autostart.converge(target)
+        if ids <= autostart.IDS:
+            return
     job, run = job_of(target.cluster), run_directory(target)
     if job is None or run is None:
         return
     decision = judge(target, state, peers)
-    if decision and any(found.id == "job-starting" for found in findings):
+    if decision and "job-starting" in ids:
         directory = attempt_directory(run, decision.attempt)
         waiting = await_start(unit_name(job.name), directory, decision.starting)
         yield Shell(waiting, seconds=decision.starting + 30)

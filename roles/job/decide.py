@@ -122,6 +122,7 @@ def merged(views: Mapping[str, JobState]) -> Attempt | None:
         exits,
         tuple(sorted(errors.values(), key=lambda error: (error.time, error.rank))),
         any(attempt.stopped for attempt in same),
+        any(attempt.drained for attempt in same),
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from inventory.job import Job
 from roles.core.role import Finding, Peers, Target
 from roles.fabric import adapters
+from roles.job import autostart
 from roles.job.decide import Decision, decide
 from roles.job.declared import environment_prefix, job_of, members, resolved, run_directory
 from roles.job.plan import Here, Launch, Plan, compose, free_port
@@ -47,8 +48,9 @@ def due(target: Target[JobSpec], decision: Decision) -> bool:
 
 
 def drift(target: Target[JobSpec], state: JobState, peers: Peers) -> list[Finding]:
-    """Findings: absent, starting, interrupted, unknown, changed; and what makes a launch impossible here."""
-    return list(_findings(target, state, peers))
+    """Findings: absent, starting, interrupted, unknown, changed; what makes a launch impossible here; autostart."""
+    service = autostart.drift(target, state.autostart)
+    return [*service, *_findings(target, state, peers)]
 
 
 def _findings(target: Target[JobSpec], state: JobState, peers: Peers) -> Iterator[Finding]:
@@ -94,9 +96,15 @@ def _findings(target: Target[JobSpec], state: JobState, peers: Peers) -> Iterato
         yield Finding(
             "job-absent" if decision.state == "absent" else "job-interrupted",
             f"job {job.name} runs",
-            f"{decision.state}: {decision.reason}",
+            f"{decision.state}: {decision.reason}{noted(seen)}",
             f"attempt {number} starts from {start or 'the beginning'}",
         )
+
+
+def noted(seen: Mapping[str, JobState]) -> str:
+    """What the service that resumes jobs says of itself, to go on after a sentence."""
+    notes = [view.autostart.note for view in seen.values() if view.autostart]
+    return f"; autostart {notes[0]}" if notes and notes[0] else ""
 
 
 def _obstacles(target: Target[JobSpec], job: Job, state: JobState) -> Iterator[Finding]:

@@ -14,6 +14,7 @@ from typing import Any
 from roles.core.role import Target, Unreadable, whole
 from roles.core.steps import quote
 from roles.fabric import adapters
+from roles.job.autostart import SHOW, Autostart
 from roles.job.declared import run_directory
 from roles.job.plan import Plan
 from roles.job.spec import JobSpec
@@ -75,12 +76,16 @@ class ErrorRecord:
 
 @dataclass(frozen=True)
 class Attempt:
-    """The files of one attempt. Nodes are named as in the cluster file."""
+    """The files of one attempt. Nodes are named as in the cluster file.
+
+    stopped: by a user. drained: for a reboot of its nodes, which goes on.
+    """
 
     plan: Plan
     exits: Mapping[str, Exit] = field(default_factory=dict)
     errors: tuple[ErrorRecord, ...] = ()
     stopped: bool = False
+    drained: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,7 @@ class JobState:
     driver shows. interfaces: address to interface. listening: TCP ports taken. units: of all jobs.
     declared: job.json. attempts: the highest attempt number. attempt: the last one with a plan.
     complete: the trainer's marker. metrics: its last record. checkpoint: the newest complete one.
-    adapters: of InfiniBand and RoCE, by name.
+    adapters: of InfiniBand and RoCE, by name. autostart: the service that resumes jobs.
     """
 
     boot_id: str
@@ -108,6 +113,7 @@ class JobState:
     metrics: Mapping[str, Any] | None = None
     checkpoint: str | None = None
     adapters: tuple[str, ...] = ()
+    autostart: Autostart | None = None
 
     def unit(self, job: str) -> Unit | None:
         """That job's unit, if systemd knows it."""
@@ -137,6 +143,7 @@ awk '$4 == "0A" { sub(/.*:/, "", $2); if (!seen[$2]++) print "port", $2 }' "$@" 
 found=$(systemctl show -p Id,Description,ActiveState,Result 'lockstep-*.service') || exit 3
 printf '%s\n' "$found"
 """
+    + SHOW
 )
 
 ERRORS = r"""
@@ -181,6 +188,7 @@ if test -d "$run"; then
         cd "attempts/$planned" || exit 3
         one plan plan.json
         if test -e stopped; then echo stopped; fi
+        if test -e drained; then echo drained; fi
         for each in *.asked; do
             if test -e "$each"; then echo "asked ${each%.asked}"; fi
         done
@@ -208,7 +216,8 @@ def script(run: str | None) -> str:
 
 WORDS = {
     "boot", "now", "cores", "gpus", "address", "port", "adapter", "job", "complete", "metrics",
-    "checkpoint", "attempts", "plan", "stopped", "asked", "exit", "error",
+    "checkpoint", "attempts", "plan", "stopped", "drained", "asked", "exit", "error",
+    "autostart", "note",
 }  # fmt: skip
 
 
@@ -232,6 +241,7 @@ def parse(text: str) -> JobState:
         listening=frozenset(int(value, 16) for value in words.get("port", [])),
         units=tuple(_units(text)),
         adapters=tuple(words.get("adapter", [])),
+        autostart=_autostart(words),
         declared=_json(words, "job"),
         attempts=int(words.get("attempts", ["0"])[0]),
         attempt=_attempt(words),
@@ -269,7 +279,16 @@ def _attempt(words: Mapping[str, list[str]]) -> Attempt | None:
         exits,
         tuple(sorted(errors, key=lambda found: (found.time, found.rank))),
         "stopped" in words,
+        "drained" in words,
     )
+
+
+def _autostart(words: Mapping[str, list[str]]) -> Autostart | None:
+    if "autostart" not in words:
+        return None
+    digest, enabled, active = words["autostart"][0].split(" ")
+    note = str((_json(words, "note") or {}).get("note", ""))
+    return Autostart(digest, enabled == "enabled", active == "active", note)
 
 
 def _json(words: Mapping[str, list[str]], word: str) -> Mapping[str, Any] | None:

@@ -164,6 +164,44 @@ def test_a_power_cut_during_training_resumes_from_the_checkpoint_with_one_run(
 
 
 @pytest.mark.slow
+def test_after_a_power_cut_of_all_nodes_a_job_with_autostart_completes_without_a_command(
+    lab: Site,
+) -> None:
+    name, unit = "unattended", "systemctl is-enabled autostart-lockstep.service || true"
+    job = {"name": name, "trainer": {"steps": 600, "checkpoint": {"every": 25}}}
+    lab.write_job(**job, autostart=True)
+    lab.converge()
+    assert lab.shell("node1", unit).strip() == "enabled"
+    lab.wait(
+        "a complete checkpoint",
+        lambda: list((lab.runs / name / "checkpoints").glob("step-*/COMPLETE")),
+    )
+    for node in NODES:
+        assert lab.lockstep("lab", "cut", node).returncode == 0
+    assert not (lab.runs / name / "complete.json").exists()
+    assert lab.lockstep("lab", "start", "node1").returncode == 0
+    lab.wait(
+        "the head says that it waits for the other node",
+        lambda: "waits for node2" in lab.lockstep("status").stdout,
+    )
+    assert not (lab.runs / name / "attempts" / "2").exists()
+    assert lab.lockstep("lab", "start", "node2").returncode == 0
+    lab.finished(name)
+    records = lab.metrics(name)
+    assert {record["attempt"] for record in records} == {1, 2}
+    assert next(record["step"] for record in records if record["attempt"] == 2) > 1
+    lab.write_job(**job)
+    lab.converge()
+    assert (
+        lab.shell("node1", f"{unit}; ls -d /var/lib/lockstep/autostart* 2>&1; true").count(
+            "No such"
+        )
+        == 1
+    )
+    assert lab.verify()["verdict"] == "ok"
+
+
+@pytest.mark.slow
 def test_a_drained_job_goes_on_where_it_ended_after_all_nodes_were_rebooted(lab: Site) -> None:
     name = "drained"
     job = lab.write_job(name=name, trainer={"steps": 600, "checkpoint": {"every": 1000}})

@@ -217,6 +217,7 @@ def test_a_job_that_does_not_end_keeps_every_node_up(
     stage.nodes["two"].units = UNIT
     monkeypatch.setattr(jobs_cli, "named", lambda name, _: jobs_cli.Named(name, f"/runs/{name}"))
     monkeypatch.setattr(jobs_cli, "look", lambda *_: jobs_cli.Seen({}, {}))
+    monkeypatch.setattr(jobs_cli, "mark", lambda *_: "")
     monkeypatch.setattr(jobs_cli, "end", lambda *_: "two: no answer within 420 s")
     assert "job long does not end: two: no answer" in refusal(capsys, "--all", "--drain")
     monkeypatch.setattr(jobs_cli, "planned", lambda _: ["one", "two"])
