@@ -100,13 +100,16 @@ def opened(command: Command, text: str, tree: Path, log: Path) -> dict[str, int]
     """How often it opens the files of the tree to read them; None where there is no strace."""
     if not shutil.which("strace"):
         return None
-    strace: Command = ["strace", "-f", "-qq", "-y", "-s", "0", "-e", "trace=openat", "-o", log]
+    strace: Command = ["strace", "-ff", "-qq", "-y", "-s", "0", "-e", "trace=openat", "-o", log]
     subprocess.run([*strace, *command], input=text, text=True, env=LOGIN, check=True)
     opens: Counter[str] = Counter()
-    for line in log.read_text(errors="replace").splitlines():
+    logs = list(log.parent.glob(f"{log.name}.*"))  # one a process: together they tear lines
+    for line in (line for each in logs for line in each.read_text(errors="replace").splitlines()):
         found = re.search(rf"= \d+<({re.escape(str(tree))}/.*)>$", line)
         if found and "O_DIRECTORY" not in line and "O_CREAT" not in line:
             opens[found.group(1)] += 1
+    for each in logs:
+        each.unlink()
     return {
         "opens": opens.total(),
         "files": len(opens),
