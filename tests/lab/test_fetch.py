@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from tests.lab.site import Site, bare
+from tests.lab.site import Site, bare, beside
 from tests.local_hub import LocalHub, local_hub
 
 pytestmark = pytest.mark.slow
-STATE = Path("/var/lib/lockstep-lab-tests-fetch")
+STATE = beside("tests-fetch")
 FILES = {
     "config.json": b'{"model_type": "llama"}',
     "weights/model 1.safetensors": os.urandom(30_000_000),

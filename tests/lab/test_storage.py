@@ -5,16 +5,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.lab.site import Site, bare
+from tests.lab.site import Site, bare, beside
 
 pytestmark = pytest.mark.slow
 
-STATE = Path("/var/lib/lockstep-lab-storage")
+STATE = beside("tests-storage")
 TIMEOUT = 20
 """Seconds that a mount may take, as the cluster file declares."""
 LEAVE = {"manage": "unmanaged"}
