@@ -1,4 +1,4 @@
-"""Makes a node the NFS server of the cluster: package, file of exports, service; no client is interrupted."""
+"""Makes a node the NFS server of the cluster: package, file of exports, service; it is never restarted."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from roles.packages.names import translated
 from roles.packages.spec import PackagesSpec
 from roles.storage.spec import StorageSpec, exported
 
+PATH = "PATH=$PATH:/usr/sbin:/sbin\n"
 START_SECONDS = 120
 
 
@@ -28,7 +29,7 @@ def converge(
     ids = {found.id for found in findings}
     if "nfs-exports-left" in ids:
         yield Shell(
-            f"rm -f {FILE} {DROP_IN}\nsystemctl daemon-reload\n"
+            f"{PATH}rm -f {FILE} {DROP_IN}\nsystemctl daemon-reload\n"
             "if command -v exportfs >/dev/null; then exportfs -ra; fi"
         )
     if not serves(target):
@@ -39,14 +40,14 @@ def converge(
     if "export-missing" in ids:
         yield Shell(f"mkdir -p {quote(exported(target.spec))}")
     if ids:
-        yield Shell(_served(target), seconds=START_SECONDS)
+        yield Shell(_served(target, "nfs-exports" in ids), seconds=START_SECONDS)
 
 
-def _served(target: Target[StorageSpec]) -> str:
+def _served(target: Target[StorageSpec], write: bool) -> str:
+    """write: the file of exports too, which while a job runs may have to stay as it is."""
     sentence = f"the NFS server does not run: see journalctl -u {UNIT}; the kernel of a container may have none"
     return (
-        f"PATH=$PATH:/usr/sbin:/sbin\n"
-        f"{write_file(FILE, exports_text(target), backup=False)}\n"
+        f"{PATH}{write_file(FILE, exports_text(target), backup=False) if write else ':'}\n"
         f"{write_file(DROP_IN, drop_in_text(target.spec), backup=False)}\n"
         "systemctl daemon-reload\n"
         f"systemctl unmask {UNIT}\n"

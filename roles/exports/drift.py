@@ -6,16 +6,23 @@ from collections.abc import Iterator
 
 from roles.core.role import Finding, Peers, Target
 from roles.exports.probe import ExportsState
-from roles.exports.spec import DROP_IN, FILE, drop_in_text, exports_text, serves, squash
+from roles.exports.spec import (
+    DROP_IN,
+    FILE,
+    drop_in_text,
+    exports,
+    exports_text,
+    serves,
+    squash,
+    withdraws,
+)
 from roles.storage.spec import StorageSpec, exported
 
 
 def drift(target: Target[StorageSpec], state: ExportsState, peers: Peers) -> list[Finding]:
-    """Findings: on the server what is missing or otherwise; elsewhere what a former server left."""
+    """Findings: on a server with others to serve what is missing or otherwise; elsewhere what was left."""
     if not serves(target):
         return list(_left(state))
-    if not target.others:
-        return []
     return list(_directory(target, state)) or [*_files(target, state), *_running(target, state)]
 
 
@@ -23,7 +30,7 @@ def _left(state: ExportsState) -> Iterator[Finding]:
     if state.file is not None or state.drop_in is not None:
         yield Finding(
             "nfs-exports-left",
-            "no exports of Lockstep's on a node that is not the server",
+            "no exports of Lockstep's where no other node is to mount them",
             FILE if state.file is not None else DROP_IN,
             "they are withdrawn",
             disturbs=True,
@@ -31,7 +38,7 @@ def _left(state: ExportsState) -> Iterator[Finding]:
 
 
 def _directory(target: Target[StorageSpec], state: ExportsState) -> Iterator[Finding]:
-    if not state.directory and state.file is not None:
+    if not state.directory and exports(target, state.file):
         yield Finding(
             "export-missing",
             f"{exported(target.spec)}, which this node has exported before",
@@ -57,7 +64,8 @@ def _files(target: Target[StorageSpec], state: ExportsState) -> Iterator[Finding
             "nfs-exports",
             f"{FILE} with {exported(spec)} for the cluster's addresses",
             "no such file" if state.file is None else "another text",
-            "the file is written and read by the server; no client is interrupted",
+            "the file is written and read by the server",
+            disturbs=state.file is not None and withdraws(target, state.file),
         )
     if state.drop_in != drop_in_text(spec):
         yield Finding(
@@ -94,8 +102,10 @@ def _running(target: Target[StorageSpec], state: ExportsState) -> Iterator[Findi
             "nfs-exported-to-others",
             f"{exported(spec)} exported to the cluster's addresses alone",
             f"to {', '.join(others)} too",
-            "take that line out of /etc/exports or /etc/exports.d, and run exportfs -ra",
-            repairable=False,
+            f"take {exported(spec)} out of {' and '.join(state.elsewhere)}, and run exportfs -ra"
+            if state.elsewhere
+            else "the server reads its files again, none of which names them",
+            repairable=not state.elsewhere,
         )
     wrong = [
         address

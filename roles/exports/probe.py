@@ -19,6 +19,7 @@ class ExportsState:
 
     file, drop_in: text of Lockstep's own files; None where there is none.
     clients: client of the running server to its options, for that directory.
+    elsewhere: files of exports, not Lockstep's, that name it.
     active, enabled: of the service, as systemd says. threads: of the running server; 0 where none runs.
     """
 
@@ -28,6 +29,7 @@ class ExportsState:
     file: str | None = None
     drop_in: str | None = None
     clients: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    elsewhere: tuple[str, ...] = ()
     active: str = ""
     enabled: str = ""
     threads: int = 0
@@ -48,6 +50,12 @@ if test -n "$directory"; then
       if test "$point" = "$directory"; then echo "client $client"; fi
     done <"$etab"
   fi
+  for other in "$main" "${{file%/*}}"/*.exports; do
+    if test "$other" = "$file" || ! test -r "$other"; then continue; fi
+    while read -r point client || test -n "$point"; do
+      case $point in "$directory"|"$directory/"|\""$directory"\") echo "elsewhere $other"; break ;; esac
+    done <"$other"
+  done
   threads=0
   if test -r "$nfsd"; then read -r threads <"$nfsd" || exit 3; fi
   echo "threads $threads"
@@ -60,8 +68,8 @@ def probe(target: Target[StorageSpec]) -> str:
     """On the server all of it; on another node what it may have kept of the time when it was the server."""
     directory = exported(target.spec) if serves(target) else ""
     return (
-        f"file={FILE} drop={DROP_IN} directory={quote(directory)} etab=/var/lib/nfs/etab "
-        f"nfsd=/proc/fs/nfsd/threads{SCRIPT}"
+        f"main=/etc/exports file={FILE} drop={DROP_IN} directory={quote(directory)} "
+        f"etab=/var/lib/nfs/etab nfsd=/proc/fs/nfsd/threads{SCRIPT}"
     )
 
 
@@ -71,6 +79,7 @@ def parse(text: str) -> ExportsState:
     single: dict[str, str] = {}
     texts: dict[str, list[str]] = {}
     clients: dict[str, tuple[str, ...]] = {}
+    elsewhere: list[str] = []
     for line in text.split("\n"):
         key, _, rest = line.partition(" ")
         name, equals, value = line.partition("=")
@@ -81,6 +90,8 @@ def parse(text: str) -> ExportsState:
             if not bracket or not options.endswith(")"):
                 raise Unreadable(f"{rest[:60]!r} is no client of an export")
             clients[client] = tuple(options[:-1].split(","))
+        elif key == "elsewhere":
+            elsewhere.append(rest)
         elif key in ("manager", "directory", "installed", "threads"):
             single[key] = rest
         elif equals and name in ("ActiveState", "UnitFileState"):
@@ -102,6 +113,7 @@ def parse(text: str) -> ExportsState:
         file=known.file,
         drop_in=known.drop_in,
         clients=clients,
+        elsewhere=tuple(elsewhere),
         active=single["ActiveState"],
         enabled=single["UnitFileState"],
         threads=int(single["threads"]),

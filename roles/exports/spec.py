@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from roles.core.role import Target
-from roles.storage.spec import StorageSpec, exported, server_node
+from roles.storage.mount import is_server
+from roles.storage.spec import StorageSpec, exported
 
 FILE = "/etc/exports.d/lockstep.exports"
 DROP_IN = "/etc/systemd/system/nfs-server.service.d/lockstep.conf"
@@ -11,9 +12,8 @@ UNIT = "nfs-server.service"
 
 
 def serves(target: Target[StorageSpec]) -> bool:
-    """This node is the declared server."""
-    node = server_node(target.spec, target.cluster)
-    return node is not None and node.name == target.node.name
+    """This node is the declared server, and there are others to serve."""
+    return is_server(target) and bool(target.others)
 
 
 def squash(spec: StorageSpec) -> str:
@@ -26,6 +26,17 @@ def exports_text(target: Target[StorageSpec]) -> str:
     options = f"rw,sync,no_subtree_check,{squash(target.spec)}"
     clients = " ".join(f"{node.address}({options})" for node in target.others)
     return f"# Written by Lockstep; changes are lost.\n{exported(target.spec)} {clients}\n"
+
+
+def withdraws(target: Target[StorageSpec], file: str) -> bool:
+    """Whether the declared exports take from clients what this file of Lockstep's gave them: its directory
+    or the rights of root."""
+    return not exports(target, file) or (target.spec.root_squash and ",root_squash)" not in file)
+
+
+def exports(target: Target[StorageSpec], file: str | None) -> bool:
+    """Whether this file of Lockstep's exports the declared directory."""
+    return f"\n{exported(target.spec)} " in f"\n{file}"
 
 
 def drop_in_text(spec: StorageSpec) -> str:

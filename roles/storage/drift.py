@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from roles.core.role import Finding, Peers, Target
-from roles.storage.mount import OWN, Wanted, wanted
+from roles.storage.mount import OWN, Wanted, is_server, wanted
 from roles.storage.probe import TOUCH_SECONDS, Line, Mark, Mount, StorageState
 from roles.storage.spec import StorageSpec, server_node
 
@@ -236,7 +236,6 @@ def _unusable(target: Target[StorageSpec], state: StorageState) -> Iterator[Find
         return
     plain = is_plain(state)
     node = server_node(target.spec, target.cluster)
-    serves = node is not None and node.name == target.node.name
     if plain and len(target.cluster.nodes) > 1 and not state.exported:
         yield Finding(
             "nfs-mount-wrong",
@@ -248,7 +247,7 @@ def _unusable(target: Target[StorageSpec], state: StorageState) -> Iterator[Find
         )
         return
     lost = state.mark is None and state.token is not None
-    if lost and (plain or (serves and not state.tokens)):
+    if lost and (plain or (is_server(target) and not state.tokens)):
         yield Finding(
             "storage-lost",
             f"what Lockstep once wrote to {path}",

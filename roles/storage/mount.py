@@ -31,16 +31,22 @@ class Wanted:
         return f"{self.source} {self.point} {self.kind} {','.join(self.options)} 0 0"
 
 
+def is_server(target: Target[StorageSpec]) -> bool:
+    """This node is the one that serves the storage."""
+    node = server_node(target.spec, target.cluster)
+    return node is not None and node.name == target.node.name
+
+
 def wanted(target: Target[StorageSpec]) -> Wanted | None:
     """The mount of this node; None where nothing is to be mounted: the server's own path, another kind."""
     spec = target.spec
     if spec.kind != "nfs":
         return None
-    node = server_node(spec, target.cluster)
-    if node is not None and node.name == target.node.name:
+    if is_server(target):
         if exported(spec) == spec.path:
             return None
         return Wanted(exported(spec), spec.path, "none", ("bind", "nofail", OWN))
+    node = server_node(spec, target.cluster)
     address = node.address if node else str(spec.server)
     host = f"[{address}]" if ":" in address else address
     options = (

@@ -18,7 +18,6 @@ from roles.exports.probe import SCRIPT, ExportsState, parse, probe
 from roles.exports.spec import drop_in_text, exports_text
 from roles.storage.spec import StorageSpec
 
-RECORDED = Path(__file__).parent / "recorded"
 NAMES = ("v1", "v2", "v3")
 NODES = {name: Node(name=name, address=f"10.77.92.1{n}") for n, name in enumerate(NAMES, 1)}
 SPEC = StorageSpec(kind="nfs", path="/data", server="v1")
@@ -87,16 +86,65 @@ def test_what_differs_on_the_server_is_repaired(
     assert "exportfs -ra" in script(seen)
 
 
+def test_another_directory_than_before_is_made_anew_once_no_job_uses_the_old_one() -> None:
+    seen = state(directory=False, clients={}, file=exports_text(target(export="/old")))
+    found = role.drift(target(), seen, {})
+    assert [one.id for one in found] == ["export-missing", "nfs-exports"]
+    assert all(one.repairable for one in found) and [one.disturbs for one in found] == [False, True]
+    started = [
+        one for one in role.drift(target(), replace(seen, active="failed"), {}) if not one.disturbs
+    ]
+    steps = role.converge(target(), seen, {}, started)
+    text = "\n".join(step.command for step in steps if isinstance(step, Shell))
+    assert "systemctl start" in text and "exports.d/lockstep.exports" not in text
+
+
+@pytest.mark.parametrize(
+    ("file", "declared", "disturbs"),
+    [
+        (None, {}, False),
+        (exports_text(target()).replace("10.77.92.13", "10.77.92.14"), {}, False),
+        (exports_text(target()), {"root_squash": True}, True),
+        (exports_text(target(root_squash=True)), {}, False),
+    ],
+)
+def test_only_what_clients_lose_waits_for_their_job(
+    file: str | None, declared: dict[str, Any], disturbs: bool
+) -> None:
+    (found,) = role.drift(target(**declared), state(file=file), {})[:1]
+    assert (found.id, found.disturbs) == ("nfs-exports", disturbs)
+
+
+def test_a_server_that_is_left_alone_withdraws_what_the_others_had() -> None:
+    alone = Target(Cluster("stor", Path("c.yaml"), {"v1": NODES["v1"]}), NODES["v1"], SPEC)
+    left = ExportsState("apt", file=exports_text(target()), drop_in=drop_in_text(SPEC))
+    assert "directory='' " in probe(alone)
+    (found,) = role.drift(alone, left, {})
+    assert found.id == "nfs-exports-left"
+    (step,) = role.converge(alone, left, {}, [found])
+    assert isinstance(step, Shell) and "exportfs -ra" in step.command
+    assert role.drift(alone, ExportsState("apt"), {}) == []
+
+
 def test_a_directory_that_was_exported_before_and_is_gone_is_not_made_anew() -> None:
     (found,) = role.drift(target(), state(directory=False), {})
     assert found.id == "export-missing" and not found.repairable and "mount the disk" in found.fix
     assert script(state(directory=False)) == ""
 
 
-def test_an_export_to_strangers_is_named_with_them_and_left_to_the_user() -> None:
-    seen = state(clients={**state().clients, "*": OPTIONS})
+def test_an_export_to_strangers_is_named_with_them_and_left_to_the_user_where_a_file_says_so() -> (
+    None
+):
+    seen = state(clients={**state().clients, "*": OPTIONS}, elsewhere=("/etc/exports",))
     (found,) = role.drift(target(), seen, {})
     assert (found.id, found.repairable) == ("nfs-exported-to-others", False) and "*" in found.seen
+    assert "out of /etc/exports, and run" in found.fix and script(seen) == ""
+
+
+def test_a_client_that_no_file_names_any_more_is_withdrawn() -> None:
+    """A run that was cut off after it wrote the file leaves that."""
+    seen = state(clients={**state().clients, "10.77.92.99": OPTIONS})
+    assert ids(seen) == ["nfs-exported-to-others"] and "exportfs -ra" in script(seen)
 
 
 def test_squashing_is_as_declared() -> None:
@@ -132,8 +180,8 @@ def test_packages_have_each_familys_names_and_only_the_server_needs_them() -> No
 
 def look(tmp_path: Path, shell: str) -> ExportsState:
     text = (
-        f"file={tmp_path}/exports drop={tmp_path}/drop directory={tmp_path}/data etab={tmp_path}/etab "
-        f"nfsd={tmp_path}/threads{SCRIPT}"
+        f"main={tmp_path}/main file={tmp_path}/own.exports drop={tmp_path}/drop "
+        f"directory={tmp_path}/data etab={tmp_path}/etab nfsd={tmp_path}/threads{SCRIPT}"
     ).replace(
         "systemctl show -p ActiveState -p UnitFileState nfs-server.service",
         "printf 'ActiveState=active\\nUnitFileState=enabled\\n'",
@@ -149,7 +197,7 @@ def test_the_probe_reads_files_and_the_running_server(tmp_path: Path, shell: str
     empty = look(tmp_path, shell)
     assert (empty.directory, empty.file, empty.threads) == (False, None, 0) and empty.clients == {}
     (tmp_path / "data").mkdir()
-    (tmp_path / "exports").write_text(exports_text(target()))
+    (tmp_path / "own.exports").write_text(exports_text(target()))
     (tmp_path / "drop").write_text(drop_in_text(SPEC))
     (tmp_path / "threads").write_text("16\n")
     (tmp_path / "etab").write_text(
@@ -158,6 +206,12 @@ def test_the_probe_reads_files_and_the_running_server(tmp_path: Path, shell: str
     seen = look(tmp_path, shell)
     assert (seen.file, seen.drop_in) == (exports_text(target()), drop_in_text(SPEC))
     assert seen.clients == {"10.77.92.12": OPTIONS} and seen.threads == 16 and seen.directory
+    assert empty.elsewhere == seen.elsewhere == ()
+    (tmp_path / "main").write_text(f"# {tmp_path}/data *(rw)\n{tmp_path}/data2 *(rw)\n")
+    (tmp_path / "by hand.exports").write_text(f'/x *\n"{tmp_path}/data" *(rw)')
+    assert look(tmp_path, shell).elsewhere == (f"{tmp_path}/by hand.exports",)
+    (tmp_path / "main").write_text(f"{tmp_path}/data/ 10.0.0.0/8(ro)\n")
+    assert look(tmp_path, shell).elsewhere[0] == f"{tmp_path}/main"
 
 
 def test_a_node_that_is_not_the_server_is_asked_little() -> None:
