@@ -100,9 +100,11 @@ def unmount(point: str) -> str:
 def attempt(target: Target[StorageSpec], mount: Wanted) -> str:
     """Shell that mounts what /etc/fstab says, within the declared time, or fails with the server's reason."""
     seconds = target.spec.timeout
-    silent = (
-        f"{mount.source} is not mounted at {mount.point}: no answer within {seconds} s; see that the "
-        "server is up, and that TCP port 2049 there is open for this node"
+    silent = f"{mount.source} is not mounted at {mount.point}: " + (
+        f"no answer within {seconds} s; see that the server is up, and that TCP port 2049 there is open "
+        "for this node"
+        if mount.kind == "nfs"
+        else f"see systemctl status {mount.point} on this node"
     )
     refused = f"{mount.source} cannot be had at {mount.point}:"
     start = "automount" if mount.kind == "nfs" else "mount"
@@ -114,7 +116,7 @@ def attempt(target: Target[StorageSpec], mount: Wanted) -> str:
         'if test -z "$(there)"; then\n'
         '  mkdir -p "$point"\n'
         '  systemctl reset-failed "$mount" "$start" 2>/dev/null || :\n'
-        '  systemctl start "$start"\n'
+        '  systemctl start "$start" || :\n'
         "fi\n"
         f'said=$(timeout -s KILL {seconds + 5} ls "$point/." 2>&1 >/dev/null) &&\n'
         '  case $(there) in ""|autofs) ;; *) exit 0 ;; esac\n'

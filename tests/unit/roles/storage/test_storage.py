@@ -17,6 +17,7 @@ from inventory.cluster import Cluster, Node
 from roles.core.role import Finding, Target, Unreadable
 from roles.core.steps import Shell
 from roles.storage import depot, role, shared_path
+from roles.storage.converge import attempt
 from roles.storage.mount import wanted
 from roles.storage.probe import (
     SCRIPT,
@@ -531,6 +532,34 @@ def test_a_server_whose_disk_is_missing_is_not_marked_anew() -> None:
     assert bind is not None
     seen = replace(empty, fstab=(line(bind.line),), live=(EXT4,))
     assert [found.id for found in role.drift(target, seen, {})] == ["storage-lost"]
+
+
+@pytest.mark.parametrize(
+    ("name", "logged", "sentence"),
+    [
+        ("node1", "mount: /x: special device /srv/x does not exist.", "/srv/x cannot be had at {}: special device /srv/x does not exist."),
+        ("node1", "", "/srv/x is not mounted at {}: see systemctl status {} on this node"),
+        ("node2", "mount.nfs: access denied by server", "10.77.164.11:/srv/x cannot be had at {}: access denied by server"),
+        ("node2", "", "10.77.164.11:/srv/x is not mounted at {}: no answer within 5 s; see that the server is up"),
+    ],
+)  # fmt: skip
+def test_a_mount_that_fails_is_told_by_its_own_reason(
+    tmp_path: Path, name: str, logged: str, sentence: str
+) -> None:
+    fakes = {
+        "systemctl": 'test "$1" != start || { echo "Job failed. See systemctl status." >&2; exit 1; }',
+        "systemd-escape": "echo unit",
+        "journalctl": f"echo '{logged}'",
+    }
+    for program, text in fakes.items():
+        (tmp_path / program).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / program).chmod(0o755)
+    target = served(name, export="/srv/x", path=f"{tmp_path}/data", timeout=5)
+    mount = wanted(target)
+    assert mount is not None
+    done = sh(f"set -e\n{attempt(target, mount)}", PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(sentence.replace("{}", f"{tmp_path}/data"))
 
 
 def test_packages_of_the_client_have_each_familys_names() -> None:
