@@ -11,6 +11,7 @@ import json
 import os
 import secrets
 import select
+import signal
 import socket
 import subprocess
 import sys
@@ -93,7 +94,10 @@ def begin(path: Path, command: Sequence[str]) -> Any:
 
 
 def execute(path: Path, command: Sequence[str], seconds: float) -> subprocess.CompletedProcess[str]:
-    """Run a command as root. Raises NoAnswer, and TimeoutExpired once it was killed there."""
+    """Run a command as root. Raises NoAnswer, and TimeoutExpired once it was killed there.
+
+    The return code of one that another signal ended is the signal's number below zero, as subprocess has it.
+    """
     bounded = ["timeout", "--signal=KILL", str(seconds), *command]
     started = begin(path, bounded)
     until = time.monotonic() + seconds + 2 * COMMAND_SECONDS
@@ -103,9 +107,11 @@ def execute(path: Path, command: Sequence[str], seconds: float) -> subprocess.Co
             state = ask("guest-exec-status", started)
         if state["exited"]:
             out, err = (_text(state.get(name)) for name in ("out-data", "err-data"))
-            if state.get("signal") or state.get("exitcode") == 124:
+            ended = state.get("signal", 0)
+            if ended == signal.SIGKILL:  # so timeout ends itself too
                 break
-            return subprocess.CompletedProcess(list(command), state.get("exitcode", 1), out, err)
+            code = -ended or state.get("exitcode", 1)
+            return subprocess.CompletedProcess(list(command), code, out, err)
         time.sleep(pause)
         pause = min(2 * pause, 1.0)
     raise subprocess.TimeoutExpired(list(command), seconds)

@@ -1,8 +1,9 @@
 """The base images: a minimal system that every node lies on, one of each family in use.
 
 A Debian node's is of the host's own release; an RPM node's is the same, turned by ``rpm_image``, and a
-machine's too, made a disk by ``machine_image``. It holds what a freshly installed server has (systemd, sshd, python3, sudo) and nothing that the roles
-install. Built once and cached by everything that decides its content; nodes never write to it.
+machine's too, made a disk by ``machine_image``. It holds what a freshly installed server has (systemd, sshd,
+python3, sudo) and nothing that the roles install. Built once and cached by everything that decides its
+content; nodes never write to it.
 """
 
 from __future__ import annotations

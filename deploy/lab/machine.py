@@ -6,6 +6,7 @@ some ten times slower. /dev/kvm is never used: a machine that offers it may run 
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import subprocess
@@ -95,12 +96,13 @@ class Machine(Node):
         names = sorted(
             str(path.relative_to(directory)) for path in (directory / "upper").rglob("*")
         )
+        own = directory / "own.cpio"  # holds the node's private host key
+        own.touch(0o600)
         run(
             ["cpio", "--quiet", "--create", "--format=newc", f"--directory={directory}"]
-            + [f"--file={directory / 'own.cpio'}"],
+            + [f"--file={own}"],
             text="".join(f"{name}\n" for name in ["upper", *names]),
         )
-        (directory / "own.cpio").chmod(0o600)
 
     def start(self) -> bool:
         if self.is_on():
@@ -149,6 +151,11 @@ class Machine(Node):
     def shell(self, command: Sequence[str]) -> int:
         try:
             if not command:
+                if not os.isatty(0):
+                    raise LabError(
+                        f"the console of {self.name} needs a terminal: give a command, "
+                        f"`lab shell {self.name} -- COMMAND`"
+                    )
                 return agent.console(self.console)
             done = self._run(clean(command), SECONDS)
         except agent.NoAnswer:

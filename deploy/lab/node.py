@@ -359,5 +359,6 @@ def last_words(log: Path) -> str:
     except OSError:
         text = ""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    failures = [line for line in lines if line.startswith((OWN_MARK + "cannot", "Failed"))]
+    marks = (f"{OWN_MARK}cannot", "Failed", "qemu-system-")
+    failures = [line for line in lines if line.startswith(marks)]
     return (failures or lines or ["it said nothing"])[-1].removeprefix(OWN_MARK)

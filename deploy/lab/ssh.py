@@ -120,7 +120,8 @@ def wait_for_login(
 ) -> tuple[str, str]:
     """Wait for a login; returns the boot id and what ``systemctl is-system-running`` says.
 
-    ports: those on which the node listens now. login_seconds: how long a login that was begun may take. Raises TimeoutError with the last thing that ssh said.
+    ports: those on which the node listens now. login_seconds: how long a login that was begun may take.
+    Raises TimeoutError with the last thing that ssh said.
     """
     until = time.monotonic() + seconds
     said = "no SSH server answers"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import lzma
+import os
 import platform
 import shutil
 import socket
@@ -252,6 +253,48 @@ def test_a_command_that_was_killed_for_its_time_is_told(sockets: Path) -> None:
     Agent(sockets, {"guest-exec": [{"return": {"pid": 5}}], "guest-exec-status": [killed]})
     with pytest.raises(subprocess.TimeoutExpired):
         agent.execute(sockets, ["sleep", "99"], 1)
+
+
+@pytest.mark.parametrize(
+    ("ended", "code"),
+    [(done(124)["return"], 124), ({"exited": True, "signal": 11}, -11)],
+)
+def test_a_command_that_ended_by_itself_is_no_command_that_took_too_long(
+    sockets: Path, ended: dict[str, Any], code: int
+) -> None:
+    guest_exec = [{"return": {"pid": 5}}]
+    Agent(sockets, {"guest-exec": guest_exec, "guest-exec-status": [{"return": ended}]})
+    assert agent.execute(sockets, ["timeout", "1", "sleep", "2"], 9).returncode == code
+
+
+def test_a_console_without_a_terminal_is_refused_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = node(tmp_path)
+    one.directory.mkdir(parents=True)
+    monkeypatch.setattr(os, "isatty", lambda descriptor: False)
+    with socket.socket(socket.AF_UNIX) as console:
+        console.bind(str(one.console))
+        console.listen()
+        with pytest.raises(LabError, match="needs a terminal: give a command, `lab shell node1 --"):
+            one.shell([])
+
+
+def test_a_node_s_own_files_are_packed_where_only_root_reads_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = node(tmp_path)
+    (tmp_path / "cache/base-1/boot").mkdir(parents=True)
+    (tmp_path / "made/upper/etc").mkdir(parents=True)
+    seen: list[tuple[str, int]] = []
+
+    def run(argv: list[str], text: str = "") -> None:
+        if argv[0] == "cpio":
+            seen.append((text, (tmp_path / "made/own.cpio").stat().st_mode & 0o777))
+
+    monkeypatch.setattr(machine, "run", run)
+    one.furnish(tmp_path / "made")
+    assert seen == [("upper\nupper/etc\n", 0o600)]
 
 
 def test_a_machine_that_does_not_answer_is_off_or_booting(tmp_path: Path) -> None:

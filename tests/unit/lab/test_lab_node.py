@@ -211,6 +211,10 @@ def test_the_version_is_read(text: str, version: int) -> None:
             "Failed to add new veth interfaces: File exists\nbye\n",
             "Failed to add new veth interfaces: File exists",
         ),
+        (
+            "qemu-system-x86_64: -netdev tap: could not configure it\nlockstep lab: the machine is off\n",
+            "qemu-system-x86_64: -netdev tap: could not configure it",
+        ),
         ("one\n\ntwo\n", "two"),
         ("", "it said nothing"),
     ],
