@@ -61,11 +61,6 @@ class Named:
 
 def named(argument: str | None, cluster: Cluster) -> Named:
     """The job meant. Raises InventoryProblem when none is, or when its file is wrong."""
-    from roles.job.spec import NO_PLACE, JobSpec, runs_path
-
-    runs = runs_path(cluster.section("runs", JobSpec) or JobSpec(), cluster)
-    if runs is None:
-        raise _problem(cluster.path, NO_PLACE)
     if argument is None and cluster.job is None:
         raise _problem(cluster.path, "names no job: give a job file or a job's name")
     path = cluster.job if argument is None else Path(argument).expanduser()
@@ -76,6 +71,16 @@ def named(argument: str | None, cluster: Cluster) -> Named:
         name = argument
     else:
         raise _problem(path, "there is no such job file")
+    return started(name, cluster)
+
+
+def started(name: str, cluster: Cluster) -> Named:
+    """The job of that name. Raises InventoryProblem when the cluster has no place for jobs."""
+    from roles.job.spec import NO_PLACE, JobSpec, runs_path
+
+    runs = runs_path(cluster.section("runs", JobSpec) or JobSpec(), cluster)
+    if runs is None:
+        raise _problem(cluster.path, NO_PLACE)
     return Named(name, f"{runs}/{name}")
 
 

@@ -70,7 +70,7 @@ class Restart:
     """What became of one node.
 
     state: back, with all that was right before; incomplete: it answers, and lacks something; lost: it does
-    not answer; untouched: it was not told to, because one before it is not back.
+    not answer; untouched: it was not told to, because one before it is not back or a job began there meanwhile.
     seconds: from the order. reason: in words, empty when it is back.
     """
 
@@ -84,7 +84,8 @@ class Restart:
 class Drained:
     """A job that was ended for the reboot. run: its directory. checkpoint: the newest complete one.
 
-    A mark in the attempt's directory holds it until the last node is back, also against its ``autostart``.
+    A mark in the attempt's directory holds it until the last node is back, also against its ``autostart``;
+    it goes as well when the reboot is refused or broken off.
     """
 
     name: str
@@ -168,7 +169,7 @@ def _handle(arguments: argparse.Namespace) -> int:
     except RebootError as error:
         print(f"lockstep: {error}; nothing was rebooted", file=sys.stderr)
         return REFUSED
-    print(json.dumps(found.as_json(), indent=2) if arguments.json else text(found, cluster))
+    print(json.dumps(found.as_json(), indent=2) if arguments.json else text(found))
     return EXIT_CODES[found.verdict]
 
 
@@ -201,19 +202,27 @@ def reboot(
             f"job {job} runs on {', '.join(where)}: add --drain, and it writes a checkpoint and ends first"
         )
     right = reached.each(lambda node: lacks(reached, node), nodes)
-    drained = [_drain(reached, job, say) for job in running]
 
     def one(node: Any) -> Restart:
+        if began := _began(reached, node):
+            return Restart(node.name, "untouched", reason=began)
         return restart(reached, node, boots[node.name], right[node.name], wait, say)
 
+    drained: list[Drained] = []
     restarts: list[Restart] = []
-    if at_once:
-        restarts = list(reached.each(one, nodes).values())
-    else:
-        for node in nodes:
-            restarts.append(one(node))
-            if restarts[-1].state != "back":
-                break
+    try:
+        for job in running:
+            drained.append(_drain(reached, job, say))
+        if at_once:
+            restarts = list(reached.each(one, nodes).values())
+        else:
+            for node in nodes:
+                restarts.append(one(node))
+                if restarts[-1].state != "back":
+                    break
+    except BaseException:  # Ctrl-C too: nobody would take the marks away later
+        _release(reached, drained, say)
+        raise
     done = [each.node for each in restarts]
     restarts += [
         Restart(name, "untouched", reason=f"{done[-1]} is not right yet")
@@ -221,8 +230,7 @@ def reboot(
         if name not in done
     ]
     if all(each.state == "back" for each in restarts):
-        for held in drained:
-            _release(reached, held, say)
+        _release(reached, drained, say)
     say("looking at what is back")
     return Outcome(restarts, drained, report_of(reached, done, [each.name for each in drained]))
 
@@ -281,11 +289,20 @@ def _running(reached: Reached, nodes: Sequence[Any]) -> dict[str, list[str]]:
     return jobs
 
 
+def _began(reached: Reached, node: Any) -> str:
+    """Why the node must not restart now: somebody, or ``autostart``, started a job there meanwhile."""
+    try:
+        running = _running(reached, [node])
+    except RebootError as error:
+        return str(error)
+    return f"job {', '.join(running)} was started there meanwhile" if running else ""
+
+
 def _drain(reached: Reached, name: str, say: Progress) -> Drained:
     """End that job on all its nodes, with a checkpoint. Raises RebootError when it does not end."""
     from roles.job.decide import decide
 
-    job = jobs.named(name, reached.cluster)
+    job = jobs.started(name, reached.cluster)
     seen = jobs.look(reached, job)
     if silent := [each for each in seen.silent if each in jobs.planned(seen)]:
         raise RebootError(
@@ -293,27 +310,38 @@ def _drain(reached: Reached, name: str, say: Progress) -> Drained:
             "ends it without one"
         )
     decision = decide(name, seen.states)
+    if not decision.attempt:
+        raise RebootError(
+            f"job {name} runs, and no node finds it in {job.run}, where runs.path or storage.path has it: "
+            f"lockstep stop {name} ends it"
+        )
     say(f"job {name} writes a checkpoint and ends on {', '.join(decision.survivors)}")
     if failed := jobs.mark(reached, job, seen, decision, MARK):
         raise RebootError(failed)
-    if failed := jobs.end(reached, job, decision.survivors):
-        raise RebootError(f"job {name} does not end: {failed}")
-    checkpoint = jobs.look(reached, job).checkpoint
-    say(f"job {name} has ended; its newest complete checkpoint is {checkpoint or 'none'}")
-    return Drained(name, job.run, decision.attempt, checkpoint)
+    held = Drained(name, job.run, decision.attempt, None)
+    try:
+        if failed := jobs.end(reached, job, decision.survivors):
+            raise RebootError(f"job {name} does not end: {failed}")
+        held = replace(held, checkpoint=jobs.look(reached, job).checkpoint)
+    except BaseException:
+        _release(reached, [held], say)
+        raise
+    say(f"job {name} has ended; its newest complete checkpoint is {held.checkpoint or 'none'}")
+    return held
 
 
-def _release(reached: Reached, held: Drained, say: Progress) -> None:
-    """Let the job's ``autostart`` go on with it."""
+def _release(reached: Reached, drained: Sequence[Drained], say: Progress) -> None:
+    """Let the ``autostart`` of these jobs go on with them."""
     from roles.core import session
     from roles.core.steps import quote
     from roles.job.plan import attempt_directory
 
-    path = f"{attempt_directory(held.run, held.attempt)}/{MARK}"
-    try:
-        session.run(reached.nodes[0], f"rm -f {quote(path)}", LOOK_SECONDS)
-    except session.NodeFailed as error:
-        say(f"{path} cannot be removed, so job {held.name} does not resume by itself: {error}")
+    for held in drained:
+        path = f"{attempt_directory(held.run, held.attempt)}/{MARK}"
+        try:
+            session.run(reached.nodes[0], f"rm -f {quote(path)}", LOOK_SECONDS)
+        except session.NodeFailed as error:
+            say(f"{path} cannot be removed, so job {held.name} does not resume by itself: {error}")
 
 
 def lacks(reached: Reached, node: Any) -> frozenset[str]:
@@ -421,7 +449,7 @@ def report_of(reached: Reached, names: Sequence[str], drained: Sequence[str]) ->
     )
 
 
-def text(found: Outcome, cluster: Cluster) -> str:
+def text(found: Outcome) -> str:
     """The outcome for a person."""
     rows = [
         (each.node, each.state, f"{each.seconds} s" if each.seconds else "-", each.reason)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +18,8 @@ from deploy import cli, jobs_cli, reboot
 from inventory.cluster import Cluster, Node
 from roles import registry
 from roles.core import session
+from roles.job.plan import Plan
+from roles.job.probe import Attempt, parse
 from roles.verify import Report, Wrong
 
 
@@ -211,19 +213,107 @@ def test_a_job_is_never_cut_off(stage: Stage, capsys: pytest.CaptureFixture[str]
     assert cli.main(["reboot", "one"]) == 0, "it does not run there"
 
 
-def test_a_job_that_does_not_end_keeps_every_node_up(
-    stage: Stage, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+class Cut(BaseException):
+    """What Ctrl-C raises ends pytest too."""
+
+
+@dataclass
+class Drain:
+    """The job long as a reboot drains it. ends: why it does not end, or nothing. marked: the mark lies there."""
+
+    seen: jobs_cli.Seen
+    ends: str = ""
+    marked: bool = False
+
+
+@pytest.fixture
+def drain(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> Drain:
+    """It runs on two, until it is told to end."""
     stage.nodes["two"].units = UNIT
-    monkeypatch.setattr(jobs_cli, "named", lambda name, _: jobs_cli.Named(name, f"/runs/{name}"))
-    monkeypatch.setattr(jobs_cli, "look", lambda *_: jobs_cli.Seen({}, {}))
-    monkeypatch.setattr(jobs_cli, "mark", lambda *_: "")
-    monkeypatch.setattr(jobs_cli, "end", lambda *_: "two: no answer within 420 s")
+    plan = Plan(3, ("two",), {"two": "a"}, "10.0.0.3", 29500, 1, 1, 1)
+    state = replace(parse(HEALTHY.format(UNIT)), attempts=3, attempt=Attempt(plan))
+    drain = Drain(jobs_cli.Seen({"two": state}, {}))
+
+    def mark(*_: Any) -> str:
+        drain.marked = True
+        return ""
+
+    def end(*_: Any) -> str:
+        if not drain.ends:
+            stage.nodes["two"].units = ""
+        return drain.ends
+
+    def release(_: Any, drained: Sequence[reboot.Drained], __: Any) -> None:
+        if drained:
+            drain.marked = False
+
+    named = jobs_cli.Named("long", "/runs/long")
+    monkeypatch.setattr(jobs_cli, "started", lambda *_: named)
+    monkeypatch.setattr(jobs_cli, "look", lambda *_: drain.seen)
+    monkeypatch.setattr(jobs_cli, "mark", mark)
+    monkeypatch.setattr(jobs_cli, "end", end)
+    monkeypatch.setattr(reboot, "_release", release)
+    return drain
+
+
+def test_a_drained_job_is_held_until_every_node_is_back(
+    stage: Stage, drain: Drain, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage.nodes["two"].boots = [None]
+    assert outcome(capsys, "two", "--drain", "--wait", "9")[0] == 2 and drain.marked
+    stage.nodes["two"] = Played("two", UNIT)
+    code, found = outcome(capsys, "two", "--drain")
+    assert code == 0 and not drain.marked
+    assert [each["name"] for each in found["drained"]] == ["long"]
+
+
+def test_a_job_that_does_not_end_keeps_every_node_up_and_is_not_held(
+    stage: Stage, drain: Drain, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drain.ends = "two: no answer within 420 s"
     assert "job long does not end: two: no answer" in refusal(capsys, "--all", "--drain")
-    monkeypatch.setattr(jobs_cli, "planned", lambda _: ["one", "two"])
-    monkeypatch.setattr(jobs_cli, "look", lambda *_: jobs_cli.Seen({}, {"one": "cannot connect"}))
-    assert "because one is silent: lockstep stop long" in refusal(capsys, "--all", "--drain")
-    assert stage.ordered == []
+    assert stage.ordered == [] and not drain.marked
+
+
+def test_a_job_that_cannot_write_a_checkpoint_or_is_not_found_keeps_every_node_up(
+    stage: Stage, drain: Drain, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = drain.seen
+    drain.seen = jobs_cli.Seen({"one": whole.states["two"]}, {"two": "cannot connect"})
+    assert "because two is silent: lockstep stop long" in refusal(capsys, "--all", "--drain")
+    drain.seen = jobs_cli.Seen({"two": parse(HEALTHY.format(UNIT))}, {})
+    assert "no node finds it in /runs/long" in refusal(capsys, "--all", "--drain")
+    assert stage.ordered == [] and not drain.marked
+
+
+def test_a_reboot_that_is_broken_off_holds_no_job(
+    stage: Stage, drain: Drain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut(*_: Any) -> None:
+        assert drain.marked
+        raise Cut
+
+    monkeypatch.setattr(reboot, "restart", cut)
+    with pytest.raises(Cut):
+        cli.main(["reboot", "two", "--drain"])
+    assert not drain.marked
+
+
+@pytest.mark.parametrize("more", [[], ["--at-once"]])
+def test_a_job_that_begins_meanwhile_is_not_cut_off_either(
+    stage: Stage,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    more: list[str],
+) -> None:
+    def begins(*_: Any) -> frozenset[str]:
+        stage.nodes["two"].units = UNIT
+        return frozenset()
+
+    monkeypatch.setattr(reboot, "lacks", begins)
+    code, found = outcome(capsys, "--all", *more)
+    assert code == 1 and "two" not in stage.ordered
+    assert found["nodes"][1]["reason"] == "job long was started there meanwhile"
 
 
 def test_the_boot_is_read_with_any_shell(tmp_path: Path) -> None:
