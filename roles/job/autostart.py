@@ -16,12 +16,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from inventory.base import Spec
 from inventory.job import Job
 from inventory.reader import read_mapping
 from roles.core.role import Finding, Target
 from roles.core.steps import Shell, Step, UploadFolder, quote, write_file
+from roles.environment.spec import Environments
+from roles.fabric.spec import FabricSpec
 from roles.job.declared import environment_prefix, job_of
 from roles.job.spec import JobSpec
+from roles.limits.spec import LimitsSpec
+from roles.storage.spec import StorageSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 UNIT = "autostart-lockstep.service"
@@ -32,7 +37,13 @@ DECLARED = f"{FOLDER}/declared.json"
 NOTE = "/var/lib/lockstep/autostart.json"
 """What the service does or waits for, and how often it tried: its memory over restarts."""
 
-SECTIONS = ("runs", "environments", "storage", "limits", "fabric", "network", "ops")
+SECTIONS: Mapping[str, type[Spec]] = {
+    "runs": JobSpec,
+    "environments": Environments,
+    "storage": StorageSpec,
+    "limits": LimitsSpec,
+    "fabric": FabricSpec,
+}
 """Sections of the cluster file that decide a launch; the rest of the file stays where it is."""
 
 IDS = {"autostart-missing", "autostart-left"}
@@ -120,7 +131,7 @@ def wanted(target: Target[JobSpec]) -> Wanted | None:
     job = job_of(target.cluster)
     if job is None or not job.autostart or not target.is_head:
         return None
-    sources = {**modules(), f"job/{job.path.name}": job.path}
+    sources = {**modules(), f"job/{job.name}.yaml": job.path}  # its own name may hold white space
     files = {name: (path, _sha256(path.read_bytes())) for name, path in sources.items()}
     prefix = environment_prefix(target.cluster, job)
     return Wanted(files, _declared(target), _unit(job, prefix))
@@ -196,7 +207,8 @@ def converge(target: Target[JobSpec]) -> Iterator[Step]:
             f"rm -rf {UNIT_FILE} {FOLDER} {NOTE}\nsystemctl daemon-reload"
         )
         return
-    yield UploadFolder(want.files, CODE)
+    # Not for everybody: the job's variables may hold a token.
+    yield UploadFolder(want.files, CODE, mode="0600")
     yield Shell(
         f"{write_file(DECLARED, want.declared, mode='0600', backup=False)}\n"
         f"{write_file(UNIT_FILE, want.unit, backup=False)}\n"

@@ -19,14 +19,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from inventory.base import Spec
 from inventory.cluster import Cluster, Node
 from inventory.job import load_job
 from roles.core.role import Finding, Peers, Target, Unreadable
 from roles.core.steps import Meet, Shell
-from roles.environment.spec import Environments
-from roles.fabric.spec import FabricSpec
-from roles.job.autostart import FOLDER, NOTE
+from roles.job.autostart import FOLDER, NOTE, SECTIONS
 from roles.job.converge import converge
 from roles.job.decide import decide
 from roles.job.declared import members
@@ -47,14 +44,6 @@ MOST_TRIES = 5
 FIRST_WAIT, LONGEST_WAIT = 30, 900
 """Seconds from a resume to the next one; twice as many each time."""
 
-SPECS: Mapping[str, type[Spec]] = {
-    "runs": JobSpec,
-    "environments": Environments,
-    "storage": StorageSpec,
-    "limits": LimitsSpec,
-    "fabric": FabricSpec,
-}
-
 
 class Failed(Exception):
     """A command on a node failed; one sentence."""
@@ -74,7 +63,7 @@ def read(folder: Path) -> Cluster:
         sections={"limits": LimitsSpec()}
         | {
             key: spec.model_validate(values["sections"][key])
-            for key, spec in SPECS.items()
+            for key, spec in SECTIONS.items()
             if key in values["sections"]
         },
         job=job,
@@ -83,7 +72,8 @@ def read(folder: Path) -> Cluster:
 
 def run(cluster: Cluster, name: str, script: str, seconds: int) -> str:
     """What a script prints, run as root on that node. Raises Failed."""
-    command = ["sh", "-c", script]
+    # On the node itself, too: what hangs there, as on storage that is gone, outlives its ssh.
+    command = ["timeout", "-k", "5", str(seconds), "sh", "-c", script]
     if name != cluster.head.name:
         options = (
             "BatchMode=yes",
@@ -100,10 +90,12 @@ def run(cluster: Cluster, name: str, script: str, seconds: int) -> str:
             capture_output=True,
             text=True,
             errors="replace",
-            timeout=seconds,
+            timeout=seconds + 15,
         )
     except subprocess.TimeoutExpired:
         raise Failed(f"no answer within {seconds} s") from None
+    if done.returncode in (124, 137):
+        raise Failed(f"it did not end within {seconds} s")
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if line.strip()]
         raise Failed(said[-1].strip() if said else f"status {done.returncode}")
@@ -222,8 +214,10 @@ def resume(looks: Looks, seen: Mapping[str, JobState]) -> dict[str, str]:
                     if step.otherwise:
                         run(looks.cluster, name, step.otherwise, 300)
                     raise Failed(f"the other nodes did not reach {step.point}")
-        except (Failed, Unreadable, KeyError) as error:
+        except (Failed, Unreadable) as error:
             failed[name] = str(error)
+        except KeyError as silent:
+            failed[name] = f"{silent.args[0]} cannot be read any more"
         finally:
             meeting.leave(name)
 

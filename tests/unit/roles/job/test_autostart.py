@@ -106,6 +106,26 @@ def test_the_digest_is_the_one_that_the_probe_makes(head: Target[JobSpec], tmp_p
     assert done.stdout.splitlines()[1] == 'note {"note": "waits for node2"}'
 
 
+def test_a_job_file_may_have_any_name_and_its_variables_are_for_root_alone(
+    head: Target[JobSpec],
+) -> None:
+    assert head.cluster.job is not None
+    spaced = head.cluster.job.rename(head.cluster.job.with_name("my job (2).yaml"))
+    renamed = replace(head, cluster=replace(head.cluster, job=spaced))
+    step = next(autostart.converge(renamed))
+    assert isinstance(step, UploadFolder) and step.mode == "0600"
+    assert step.files["job/light.yaml"][0] == spaced
+    assert not any(set(name) & set(" \t\n") for name in step.files)
+
+
+def test_a_script_ends_where_it_runs_when_its_time_is_over(head: Target[JobSpec]) -> None:
+    with pytest.raises(resume.Failed, match="did not end within 1 s"):
+        resume.run(head.cluster, "node1", "sleep 30", 1)
+    assert resume.run(head.cluster, "node1", "echo here", 5) == "here\n"
+    with pytest.raises(resume.Failed, match="status 3"):
+        resume.run(head.cluster, "node1", "exit 3", 5)
+
+
 def test_it_is_put_on_the_head_alone_and_before_the_launch(head: Target[JobSpec]) -> None:
     (found,) = drift(head, view("node1"), {"node2": view("node2")})
     assert (found.id, found.seen) == ("autostart-missing", "none")
