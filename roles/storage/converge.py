@@ -85,11 +85,12 @@ def unmount(point: str) -> str:
     One in use stays, and is told; only a handle or a server that is dead is let go of at once (``-l``), which
     the bounded touch before decides: nothing could be written there any more.
     """
+    busy = f"{point} could not be unmounted: end what uses it, which fuser -vm {point} names, and run this again"
     return (
         f"point={quote(point)}\n{_THERE}"
         'case $(there) in ""|autofs) ;; *)\n'
         '  lazily=-l; if timeout -s KILL 5 ls "$point/." >/dev/null 2>&1; then lazily=; fi\n'
-        '  timeout -s KILL 20 umount $lazily "$point" ;;\n'
+        f'  timeout -s KILL 20 umount $lazily "$point" || {{ echo {quote(busy)} >&2; exit 1; }} ;;\n'
         "esac\n"
         'unit=$(systemd-escape -p --suffix=automount "$point")\n'
         'if systemctl is-active -q "$unit"; then systemctl stop "$unit"; fi\n'

@@ -34,13 +34,13 @@ SYSTEM = (
 )
 """No directory of the system is shared by mistake; ``/tmp`` is emptied at boot."""
 
-PLAIN = re.compile(r"/[A-Za-z0-9._+@/-]*")
-"""Paths that fstab, exports and systemd all take as they stand."""
+PLAIN = re.compile(r"/|(/(?!\.{1,2}(/|$))[A-Za-z0-9._+@-]+)+")
+"""Paths that fstab, exports and systemd all take as they stand, and the kernel shows so."""
 
 HOST = re.compile(
-    r"[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?(?:\.[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?)+"
+    r"(?!.*\.[0-9]+$)[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?(?:\.[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?)+"
 )
-"""A host name with its domain."""
+"""A host name with its domain, which is no number: that would be an address with a slip in it."""
 
 VERSIONS = ("3", "4.0", "4.1", "4.2")
 
@@ -176,7 +176,8 @@ class StorageSpec(Spec):
             if path is not None and not PLAIN.fullmatch(path):
                 yield (
                     key,
-                    f"{path!r} cannot be mounted by NFS here: use letters, digits and . _ + @ - alone",
+                    f"{path!r} cannot be mounted by NFS here: use letters, digits and . _ + @ - alone, "
+                    "between single slashes",
                 )
         yield from self._server_problems(cluster)
 

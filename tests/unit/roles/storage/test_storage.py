@@ -17,7 +17,7 @@ from inventory.cluster import Cluster, Node
 from roles.core.role import Finding, Target, Unreadable
 from roles.core.steps import Shell
 from roles.storage import depot, role, shared_path
-from roles.storage.converge import attempt
+from roles.storage.converge import attempt, unmount
 from roles.storage.mount import wanted
 from roles.storage.probe import (
     SCRIPT,
@@ -348,6 +348,8 @@ def refusals(**declared: Any) -> dict[str, str]:
     [
         ({"server": "node9"}, "server", "no node of this cluster: name a node (node1, node2, node3)"),
         ({"server": "nas one"}, "server", "is no server"),
+        ({"server": "10.9.0.300"}, "server", "is no server"),
+        ({"server": "10.9.0"}, "server", "is no server"),
         ({"server": None}, "server", "is missing: name a node"),
         ({"server": "10.77.164.12"}, "server", "say server: node2"),
         ({"server": "10.9.0.1", "threads": 8}, "threads", "is a matter of the server 10.9.0.1"),
@@ -357,6 +359,8 @@ def refusals(**declared: Any) -> dict[str, str]:
         ({"export": "/etc"}, "export", "belongs to the system"),
         ({"path": "/var/lib"}, "path", "belongs to the system"),
         ({"path": "/my data"}, "path", "cannot be mounted by NFS here"),
+        ({"path": "/data//x"}, "path", "between single slashes"),
+        ({"export": "/data/./x"}, "export", "cannot be mounted by NFS here"),
         ({"kind": "existing"}, "server", "belongs to kind: nfs"),
     ],
 )  # fmt: skip
@@ -560,6 +564,21 @@ def test_a_mount_that_fails_is_told_by_its_own_reason(
     done = sh(f"set -e\n{attempt(target, mount)}", PATH=f"{tmp_path}:{os.environ['PATH']}")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith(sentence.replace("{}", f"{tmp_path}/data"))
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_mount_in_use_stays_and_who_uses_it_is_told_how_to_find(
+    tmp_path: Path, code: int
+) -> None:
+    (tmp_path / "umount").write_text(f"#!/bin/sh\necho umount: target is busy. >&2; exit {code}\n")
+    (tmp_path / "systemctl").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "systemd-escape").write_text("#!/bin/sh\necho unit\n")
+    for fake in tmp_path.iterdir():
+        fake.chmod(0o755)
+    done = sh(f"set -e\n{unmount('/proc')}", PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("/proc could not be unmounted" if code else "/proc is still mounted")
 
 
 def test_packages_of_the_client_have_each_familys_names() -> None:
