@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import lzma
+import os
 import re
 import subprocess
 import sys
@@ -66,10 +67,14 @@ def boot_files(directory: Path) -> tuple[Path, Path]:
     boot = directory / "boot"
     version = newest_kernel(boot)
     kernel, packed = directory / f"vmlinux-{version}", boot / f"vmlinuz-{version}"
-    if not kernel.is_file() or kernel.stat().st_mtime < packed.stat().st_mtime:
+    made = (
+        packed.stat().st_mtime_ns
+    )  # by the package: another build of one version may be older than our copy
+    if not kernel.is_file() or kernel.stat().st_mtime_ns != made:
         for stale in directory.glob("vmlinux-*"):
             stale.unlink()
         write_whole(kernel, unpacked(packed))
+        os.utime(kernel, ns=(made, made))
     initrd = directory / "initrd"
     disk = (boot / f"initrd.img-{version}").read_bytes()
     write_whole(initrd, disk + (directory / "own.cpio").read_bytes(), 0o600)

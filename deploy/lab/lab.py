@@ -193,7 +193,7 @@ def _as_asked(record: Record, request: Request, there: Sequence[Node]) -> Record
     if not set(SYSTEMS[asked.os]) <= set(families):
         raise LabError(
             f"--kind {asked.kind} has no nodes with --os {asked.os}: give --os {', '.join(families)}, or "
-            "leave --kind out"
+            "--kind container"
         )
     return asked
 

@@ -75,6 +75,20 @@ def test_another_kernel_takes_the_place_of_the_unpacked_one(tmp_path: Path) -> N
     assert [path.name for path in tmp_path.glob("vmlinux-*")] == ["vmlinux-6.2"]
 
 
+def test_a_kernel_of_the_same_version_that_was_built_again_boots(tmp_path: Path) -> None:
+    """An upgrade keeps the version's name, and the file has the time at which its package was built."""
+    kernels(tmp_path / "boot", "6.1")
+    (tmp_path / "own.cpio").touch()
+    packed = tmp_path / "boot/vmlinuz-6.1"
+    os.utime(packed, (1000, 1000))
+    kernel, _ = emulator.boot_files(tmp_path)
+    before = kernel.stat()
+    assert emulator.boot_files(tmp_path)[0].stat().st_ino == before.st_ino
+    packed.write_bytes(lzma.compress(b"\x7fELFanew"))
+    os.utime(packed, (2000, 2000))
+    assert emulator.boot_files(tmp_path)[0].read_bytes() == b"\x7fELFanew"
+
+
 def test_a_kernel_of_another_compression_is_refused(tmp_path: Path) -> None:
     (tmp_path / "vmlinuz").write_bytes(b"MZ" + emulator.XZ_MAGIC + b"not xz at all")
     with pytest.raises(LabError, match="is not compressed with xz"):
@@ -164,7 +178,10 @@ def test_a_lab_that_has_nodes_keeps_their_kind(
 
 
 def test_machines_are_debian_alone() -> None:
-    with pytest.raises(LabError, match="--kind vm has no nodes with --os mixed: give --os debian"):
+    with pytest.raises(
+        LabError,
+        match="--kind vm has no nodes with --os mixed: give --os debian, or --kind container",
+    ):
         lab._as_asked(Record(7, os="mixed"), lab.Request(kind="vm"), [])
 
 
