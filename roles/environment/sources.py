@@ -66,13 +66,13 @@ class Unread(ArchiveProblem):
 
 
 def on_shared(cluster: Cluster, one: Declared) -> str | None:
-    """Where the archive or the directory lies for the nodes, if it is on their shared storage and not here."""
+    """Where the archive or the directory lies for the nodes, if it is on their shared storage and cannot be seen here."""
     shared = shared_path(cluster)
     if shared is None or (one.spec.archive is None and one.spec.directory is None):
         return None
     source = cluster.at_hand(one.spec.source)
     below = PurePosixPath(source).is_relative_to(shared)
-    return str(source) if below and not source.exists() else None
+    return str(source) if below and not os.access(source, os.F_OK) else None
 
 
 def last_read(cluster: Cluster, place: str) -> tuple[object, Archive] | None:
@@ -119,6 +119,10 @@ def archive_of(cluster: Cluster, one: Declared) -> Path:
                 _answers[source, folder] = _from(source, cluster, one, folder)
             except ArchiveProblem as problem:
                 _answers[source, folder] = problem
+            except OSError as error:  # of a folder that this user may not enter
+                _answers[source, folder] = ArchiveProblem(
+                    f"{error.filename or source} cannot be read: {error.strerror or error}"
+                )
         answer = _answers[source, folder]
     if isinstance(answer, ArchiveProblem):
         raise answer

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from roles.environment import archive, sources
 from roles.environment.archive import ArchiveProblem
 from roles.environment.sources import archive_of, described
 from roles.environment.spec import Environments
+from roles.storage.spec import StorageSpec
 from tests.unit.roles.environment.made import CONDA
 
 NODES = {"node1": Node(name="node1", address="10.0.0.1")}
@@ -60,6 +62,16 @@ def made(home: Path) -> list[str]:
     """What lies in the state directory for environments, beside the lock."""
     folder = home / "state/environments/lab/llm"
     return sorted(path.name for path in folder.iterdir() if path.name != "lock")
+
+
+def test_a_source_that_cannot_be_looked_at_is_one_sentence_or_the_nodes_to_see(home: Path) -> None:
+    name = 300 * "x"  # as a folder that is closed to this user, which root never meets
+    with pytest.raises(ArchiveProblem, match="x cannot be read: File name too long"):
+        archive_of(*asked(home, directory=name))
+    cluster, one = asked(home, directory=f"/shared/{name}")
+    storage = StorageSpec.model_validate({"kind": "existing", "path": "/shared"})
+    seen = replace(cluster, sections={**cluster.sections, "storage": storage})
+    assert sources.on_shared(seen, one) == f"/shared/{name}"
 
 
 def test_a_directory_is_packed_once_and_again_only_when_it_changed(home: Path) -> None:
