@@ -7,20 +7,15 @@ import subprocess
 from pathlib import Path
 
 from roles.environment import mend
+from tests.unit.roles.environment import made
 
 LOGIN = {"PATH": "/usr/bin:/bin", "HOME": "/root", "PYTHONDONTWRITEBYTECODE": "1"}
 """A login without activation, whose Python leaves no byte code behind."""
 
 
 def contents(root: Path) -> dict[str, bytes | str]:
-    """Every file's bytes and every link's target, by path from the root; byte code aside."""
-    return {
-        str(path.relative_to(root)): str(path.readlink())
-        if path.is_symlink()
-        else path.read_bytes()
-        for path in root.rglob("*")
-        if path.is_symlink() or (path.is_file() and path.suffix != ".pyc")
-    }
+    """What lies in a tree, byte code aside."""
+    return {path: data for path, data in made.contents(root).items() if not path.endswith(".pyc")}
 
 
 def mend_here(prefix: Path, program: str = "bin/python") -> None:

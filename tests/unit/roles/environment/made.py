@@ -84,3 +84,14 @@ def pack(path: Path, entries: Iterable[Entry], mode: TarMode = "w") -> Path:
 def below(folder: str, entries: Iterable[Entry]) -> list[Entry]:
     """The entries in a folder."""
     return [(f"{folder}/{name}", content) for name, content in entries]
+
+
+def contents(root: Path) -> dict[str, bytes | str]:
+    """Every file's bytes and every link's target, by path from the root."""
+    return {
+        str(path.relative_to(root)): str(path.readlink())
+        if path.is_symlink()
+        else path.read_bytes()
+        for path in root.rglob("*")
+        if path.is_symlink() or path.is_file()
+    }

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from roles.environment import mend
+from tests.unit.roles.environment.made import contents
 
 OLD = {b"/home/liu/anaconda3/envs/llm"}
 NEW = b"/opt/lockstep/envs/llm"
@@ -382,17 +383,6 @@ def test_condas_own_records_name_the_files_to_mend(tmp_path: Path) -> None:
         "choose a shorter prefix"
     )
     assert contents(root) == before
-
-
-def contents(root: Path) -> dict[str, bytes | str]:
-    """Every file's bytes and every link's target, by path."""
-    return {
-        str(path.relative_to(root)): str(path.readlink())
-        if path.is_symlink()
-        else path.read_bytes()
-        for path in root.rglob("*")
-        if path.is_symlink() or path.is_file()
-    }
 
 
 def full_tree(root: Path, at: str) -> Path:

@@ -539,16 +539,21 @@ def test_what_arrived_in_part_of_an_archive_that_nobody_wants_any_more_goes(
     assert not part.exists()
 
 
+def spoil(machine: Machine, change: Callable[[bytes], bytes]) -> None:
+    """Change the archive where it lies; converging then fails, and the archive is gone."""
+    (place,) = (machine.root / "var/archives").iterdir()
+    place.write_bytes(change(place.read_bytes()))
+    rewrite(machine, stamp_of(machine), "00")
+    with pytest.raises(AssertionError, match="was damaged, and is removed: converge again"):
+        machine.converge()
+    assert not place.exists()
+
+
 @pytest.mark.parametrize("end", [b"", b"\0" * 100])
 def test_a_cut_or_spoilt_archive_is_removed_and_the_old_environment_stays(
     right: Machine, end: bytes
 ) -> None:
-    (place,) = (right.root / "var/archives").iterdir()
-    place.write_bytes(place.read_bytes()[:-100] + end)
-    rewrite(right, stamp_of(right), "00")
-    with pytest.raises(AssertionError, match="was damaged, and is removed: converge again"):
-        right.converge()
-    assert not place.exists()
+    spoil(right, lambda archive: archive[:-100] + end)
     assert right.ids() == ["environment-version"]
     assert shell(str(right.prefix / "bin/greet")) == str(right.prefix)
     right.settle()
@@ -563,12 +568,7 @@ def test_an_archive_that_was_changed_on_its_way_is_never_unpacked(
     plain.write_bytes(subprocess.run(["gzip", "-dc", packed], stdout=subprocess.PIPE).stdout)
     machine.entry["archive"] = str(plain)
     machine.settle()
-    (place,) = (machine.root / "var/archives").iterdir()
-    place.write_bytes(place.read_bytes().replace(b"'hello'", b"'harm!'"))
-    rewrite(machine, stamp_of(machine), "00")
-    with pytest.raises(AssertionError, match="was damaged, and is removed: converge again"):
-        machine.converge()
-    assert not place.exists()
+    spoil(machine, lambda archive: archive.replace(b"'hello'", b"'harm!'"))
     assert (machine.site / "greeting.py").read_text() == "WORD = 'hello'\n"
     assert [path.name for path in machine.prefix.parent.iterdir()] == ["llm"]
     machine.settle()
