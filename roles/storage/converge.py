@@ -13,7 +13,7 @@ from roles.core.steps import Shell, Step, quote
 from roles.packages.converge import installing
 from roles.packages.names import translated
 from roles.packages.spec import PackagesSpec
-from roles.storage.drift import lines_left, strays
+from roles.storage.drift import has_own_line, lines_left, strays
 from roles.storage.mount import Wanted, wanted
 from roles.storage.probe import TOKEN_FILE, StorageState
 from roles.storage.spec import StorageSpec
@@ -43,10 +43,13 @@ def converge(
         yield Shell(f"{unmount(line.point)}{fstab.drop(line.point)}\nsystemctl daemon-reload")
     mount = wanted(target)
     if mount is not None and ids & MOUNTING:
+        anew = ids & {"nfs-mount-wrong", "nfs-mount-options", "nfs-stale-handle"}
+        older = "nfs-fstab" in ids and has_own_line(mount, state)
+        if state.live and (anew or older):
+            # Before the line changes: by the old one, the next run knows what a run that was cut off began.
+            yield Shell(unmount(mount.point), seconds=UNMOUNT_SECONDS)
         if "nfs-fstab" in ids:
             yield Shell(f"{fstab.put(mount.line)}\nsystemctl daemon-reload")
-        if ids & {"nfs-mount-wrong", "nfs-mount-options", "nfs-stale-handle"} and state.live:
-            yield Shell(unmount(mount.point), seconds=UNMOUNT_SECONDS)
         yield Shell(attempt(target, mount), seconds=target.spec.timeout + UNMOUNT_SECONDS)
     enter = _enter(target, state)
     if "storage-mark" in ids:

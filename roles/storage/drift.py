@@ -69,6 +69,11 @@ def is_own(line: Line) -> bool:
     return OWN in line.text.split(" ")[3].split(",")
 
 
+def has_own_line(mount: Wanted, state: StorageState) -> bool:
+    """Lockstep wrote a line for this mount point; what is mounted by an older one has its options."""
+    return any(is_own(line) and line.point == mount.point for line in state.fstab)
+
+
 def _left(target: Target[StorageSpec], state: StorageState) -> Iterator[Finding]:
     for line in lines_left(target, state):
         yield Finding(
@@ -95,6 +100,15 @@ def _mounting(target: Target[StorageSpec], state: StorageState) -> Iterator[Find
             repairable=False,
         )
         return
+    if state.real not in ("", mount.point):
+        yield Finding(
+            "storage-link",
+            f"a directory at {mount.point}, to mount {mount.source} upon",
+            f"a symbolic link, to {state.real}",
+            f"declare {state.real} as storage.path, or make {mount.point} a directory: systemd mounts on no link",
+            repairable=False,
+        )
+        return
     if not state.live and state.entry:
         yield Finding(
             "storage-hides",
@@ -114,7 +128,8 @@ def _mounting(target: Target[StorageSpec], state: StorageState) -> Iterator[Find
             "nfs-fstab",
             f"the line {mount.line!r} in /etc/fstab",
             "another one" if any(line.point == mount.point for line in state.fstab) else "none",
-            "it is written",
+            "it is written, and what an older one of Lockstep's mounted is mounted again",
+            disturbs=bool(there) and has_own_line(mount, state),
         )
     yield from _mounted(target, mount, state, there[-1] if there else None)
 

@@ -500,6 +500,7 @@ def test_what_keeps_the_mount_away_is_repaired(
             "a:/x and b:/x",
         ),
         ({"live": (), "entry": "models"}, "storage-hides", "models"),
+        ({"live": (), "real": "/mnt/disk/shared"}, "storage-link", "/mnt/disk/shared"),
     ],
 )  # fmt: skip
 def test_what_the_mount_would_hide_is_told_and_nothing_is_changed(
@@ -508,6 +509,22 @@ def test_what_the_mount_would_hide_is_told_and_nothing_is_changed(
     (found,) = client_findings(client(**changes))
     assert (found.id, found.repairable) == (expected, False) and word in found.seen
     assert client_script(client(**changes)) == ""
+
+
+def test_options_that_changed_are_mounted_again_once_no_job_runs_there() -> None:
+    seen = client()
+    (found,) = client_findings(seen, options=["nconnect=8"])
+    assert (found.id, found.disturbs) == ("nfs-fstab", True)
+    text = client_script(seen, options=["nconnect=8"])
+    assert (
+        -1
+        < text.index("umount $lazily")
+        < text.index("LOCKSTEP_LINE=")
+        < text.index("systemctl start")
+    )
+    for unmounted in (client(fstab=()), client(fstab=(line("nas:/old /shared nfs defaults 0 0"),))):
+        (found,) = client_findings(unmounted)
+        assert not found.disturbs and "umount" not in client_script(unmounted)
 
 
 def test_a_line_for_another_nfs_server_gives_way_to_the_declared_one() -> None:
