@@ -5,7 +5,7 @@ The control machine or the head fetches them with huggingface_hub; jobs name the
 
 from roles.core.role import Fact, Role
 from roles.fetch.converge import converge
-from roles.fetch.drift import drift, fetched
+from roles.fetch.drift import drift, fetched, remarks
 from roles.fetch.probe import FetchState, parse, probe
 from roles.fetch.proof import deep, proof
 from roles.fetch.spec import FetchSpec
@@ -20,6 +20,7 @@ role: Role[FetchSpec, FetchState] = Role(
     converge=converge,
     facts=(Fact("models and data", "equal", fetched),),
     needs=("storage", "environment"),
+    remarks=remarks,
     proof=proof,
     deep=deep,
 )

@@ -14,7 +14,7 @@ from inventory.settings import state_directory
 from roles.core.role import Finding, Peers, Target
 from roles.core.steps import Download, Here, Shell, Step, Upload, quote, settled
 from roles.environment.converge import here_script
-from roles.fetch.drift import RUN, pairs
+from roles.fetch.drift import RUN, pairs, refreshed
 from roles.fetch.hub import MANIFEST, Asked
 from roles.fetch.probe import FILES, FetchState, Seen
 from roles.fetch.spec import COMMIT, HUB, Declared, FetchSpec, environment_of
@@ -31,13 +31,13 @@ def converge(
     for one, finding in list(pairs(target, state)):
         if finding not in findings or not finding.repairable:
             continue
-        stamp = state.fetched.get(one.name, Seen("absent")).values
-        commit = pinned(one, {} if finding.id == "fetch-refresh" else stamp)
+        seen = state.fetched.get(one.name, Seen("absent"))
+        commit = pinned(one, {} if refreshed(target, one, seen) else seen.values)
         yield Shell(survey(one), SECONDS)
         if one.spec.on == "head":
             yield from _by_head(target, one, commit)
         else:
-            yield from _by_this_machine(target, one, commit, state.free)
+            yield from _by_this_machine(target, one, commit)
         yield Shell(arrive(one), SECONDS)
         if one.spec.on == "control":
             yield Here(("rm", "-rf", str(workshop(target.cluster, one))))
@@ -86,15 +86,36 @@ def program(one: Asked) -> tuple[str, ...]:
     return sys.executable, "-I", str(HERE / "hub.py"), json.dumps(asdict(one))
 
 
+OTHERS = f"""
+# others: paths here that no line of the manifest names.
+others() {{
+  {{ cut -f 4 {MANIFEST} | sed 's/^/=/'; find . ! -type d ! -path './.lockstep-*' ! -name '.nfs*' | cut -c 3-; }} |
+  awk '/^=/ {{ keep[substr($0, 2)] = 1; next }} !($0 in keep)'
+}}
+"""
+
+ALONE = f"""
+if test -f "$t"/{MANIFEST}; then
+  f=$(cd "$t" && others | head -n 1)
+  if test -n "$f"; then
+    echo "$t/$f was not fetched there and would be lost: move it away, and converge again" >&2; exit 1; fi
+fi
+"""
+"""The whole takes the place of what is there, which must hold nobody else's files."""
+
+
 def survey(one: Declared) -> str:
-    """Shell: the folder where it grows, with the lines of the manifest whose files are right (``before``), and
-    the hashes of large files that an earlier run brought there (``arrived``)."""
+    """Shell: the folder where it grows, with the lines of the manifest whose files are right (``before``), the
+    hashes of large files that an earlier run brought there (``arrived``), and the KiB that it may take (``room``)."""
     return (
-        f"umask 022\n{FILES}\nt={quote(one.path)} a={quote(one.arriving)}\n"
+        f"umask 022\n{FILES}{OTHERS}\nt={quote(one.path)} a={quote(one.arriving)}\n"
         'mkdir -p "$a"/files\n: >"$a"/before\n'
         'if ! test -e "$t" && test -d "$a"/old; then mv -T "$a"/old "$t"; fi\n'
+        f"{ALONE}"
         f'if test -f "$t"/{MANIFEST}; then (cd "$t" && files 100000000 right) >"$a"/before; fi\n'
         'cd "$a"/files\n'
+        "free=$(df -Pk . | awk 'NR == 2 { print $4 }') there=$(du -sk . | cut -f 1)\n"
+        "echo $((free + there)) >../room\n"
         "find . -path ./.cache -prune -o -type f ! -name '.lockstep-*' ! -path '*.arriving/*' "
         "-exec sha256sum {} + >../arrived\n"
     )
@@ -114,14 +135,14 @@ def _by_head(target: Target[FetchSpec], one: Declared, commit: str | None) -> It
 
 
 def _by_this_machine(
-    target: Target[FetchSpec], one: Declared, commit: str | None, free: int | None
+    target: Target[FetchSpec], one: Declared, commit: str | None
 ) -> Iterator[Step]:
     """Fetched here; large files travel one by one, so that each is continued, and the others together."""
     folder = workshop(target.cluster, one)
-    for name in ("before", "arrived"):
+    for name in ("before", "arrived", "room"):
         yield Download(f"{one.arriving}/{name}", folder / name)
     request = asked(target.cluster, one, str(folder), commit)
-    room = None if free is None else free * 1024
+    room = int((folder / "room").read_text()) * 1024
     yield Here(program(replace(request, before=str(folder / "before"), room=room, pack=True)))
     plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
     arrived = set((folder / "arrived").read_text(encoding="utf-8").splitlines())
@@ -140,12 +161,12 @@ def _by_this_machine(
 def arrive(one: Declared) -> str:
     """Shell: what was right before joins what came, all is there by its size, and the whole takes its place."""
     return (
-        f"umask 022\n{FILES}\nt={quote(one.path)} a={quote(one.arriving)}\n"
-        'cd "$a"/files\n'
+        f"umask 022\n{FILES}{OTHERS}\nt={quote(one.path)} a={quote(one.arriving)}\n"
+        f'{ALONE}cd "$a"/files\n'
         "chmod -R u=rwX,go=rX .\n"
         # What an earlier attempt at another revision left.
-        f"{{ cut -f 4 {MANIFEST} | sed 's/^/=/'; find . -type f ! -path './.lockstep-*' | cut -c 3-; }} |\n"
-        "  awk '/^=/ { keep[substr($0, 2)] = 1; next } !($0 in keep)' | while IFS= read -r f; do rm -f \"./$f\"; done\n"
+        'others | while IFS= read -r f; do rm -f "./$f"; done\n'
+        "find . -depth -type d -exec rmdir {} + 2>/dev/null || :\n"
         f"cut -f 4 {MANIFEST} | while IFS= read -r f; do\n"
         '  if ! test -f "./$f" && test -f "$t/$f"; then\n'
         '    case $f in */*) mkdir -p "./${f%/*}";; esac\n'

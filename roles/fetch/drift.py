@@ -46,7 +46,9 @@ def _finding(target: Target[FetchSpec], one: Declared, seen: Seen) -> Finding | 
             repairable=False,
         )
     if seen.place != "ours" or not stamp:
-        return Finding("fetch-missing", f"{_said(one)} at {one.path}", "not there", fix)
+        ours = seen.place == "ours"  # files lie there, and a job may read them
+        there = "files without a stamp that fits them" if ours else "not there"
+        return Finding("fetch-missing", f"{_said(one)} at {one.path}", there, fix, disturbs=ours)
     if different := _difference(target, one, seen):
         want, there = different
         return Finding("fetch-other", f"{want} at {one.path}", there, fix, disturbs=True)
@@ -59,7 +61,7 @@ def _finding(target: Target[FetchSpec], one: Declared, seen: Seen) -> Finding | 
             "these are fetched again",
             disturbs=True,
         )
-    if _refreshed(target, one) and stamp.get("run") != RUN:
+    if refreshed(target, one, seen):
         return Finding(
             "fetch-refresh",
             f"{one.spec.revision} of {one.source} as it is now",
@@ -109,10 +111,25 @@ def directory(target: Target[FetchSpec], one: Declared) -> str | None:
         return None
 
 
-def _refreshed(target: Target[FetchSpec], one: Declared) -> bool:
-    """Whether this run was asked to follow the branch: ``--data refresh=NAME``, or ``all``."""
-    moving = one.spec.directory is None and not COMMIT.fullmatch(one.spec.revision)
-    return moving and target.cluster.options.get("refresh") in (one.name, "all")
+def refreshed(target: Target[FetchSpec], one: Declared, seen: Seen) -> bool:
+    """Whether this run was asked to follow the branch (``--data refresh=NAME``, or ``all``) and did not yet."""
+    asked = target.cluster.options.get("refresh") in (one.name, "all")
+    return asked and _moves(one) and seen.values.get("run") != RUN
+
+
+def _moves(one: Declared) -> bool:
+    return one.spec.directory is None and not COMMIT.fullmatch(one.spec.revision)
+
+
+def remarks(
+    target: Target[FetchSpec], state: FetchState, peers: Peers, dry: bool
+) -> Iterator[tuple[str, str | None]]:
+    """A name in ``--data refresh=NAME`` that follows no branch."""
+    name = target.cluster.options.get("refresh", "all")
+    branches = [one.name for one in target.spec.each(target.cluster) if _moves(one)]
+    if target.is_head and name != "all" and name not in branches:
+        known = ", ".join([*branches, "all"])
+        yield f"--data refresh={name} follows nothing: give one of {known}", "yellow"
 
 
 def _obstacle(target: Target[FetchSpec], one: Declared, seen: Seen) -> Finding | None:

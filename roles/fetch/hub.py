@@ -14,6 +14,7 @@ import fnmatch
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import stat
@@ -55,7 +56,7 @@ class Asked:
     revision: as declared. commit: where it is known; None has the hub resolve the revision.
     token: ``{"file": PATH}`` or ``{"variable": NAME}``. before: manifest of the files that lie on the
     storage and are right. room: bytes free there. pack: the files travel on from here.
-    run: goes into the stamp.
+    run: goes into the stamp. patience: seconds that the hub may take for an answer about names and lists.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Asked:
     before: str = ""
     room: int | None = None
     pack: bool = False
+    patience: int = 120
 
 
 @dataclass(frozen=True)
@@ -95,15 +97,19 @@ class File:
 
 
 def manifest(path: Path) -> dict[str, File]:
-    """The files of a manifest, by path; none where there is no such file."""
+    """The files of a manifest, by path; none where there is no such file. Raises Refused for one that is damaged."""
+    found = {}
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines: names may hold other ends of lines.
+        for line in filter(None, path.read_bytes().decode().split("\n")):
+            size, sha256, blob, name = line.split("\t", 3)
+            found[name] = File(name, int(size), blob, sha256)
     except OSError:
         return {}
-    found = {}
-    for line in lines:
-        size, sha256, blob, name = line.split("\t", 3)
-        found[name] = File(name, int(size), blob, sha256)
+    except ValueError:
+        raise Refused(
+            f"{path}, which says what was fetched there, is damaged: move its directory away, or fetch it anew"
+        ) from None
     return found
 
 
@@ -136,7 +142,8 @@ def safe(path: str) -> str:
     if any(part in ("", ".", "..") for part in parts):
         raise Refused(f"it holds a file named {path!r}, which cannot be kept")
     own = parts[0] == ".cache" or parts[0].startswith(".lockstep-")
-    if own or any(ord(letter) < 32 or letter in "\x7f\\" for letter in path):
+    # A surrogate stands for bytes that are no UTF-8.
+    if own or re.search(r"[\x00-\x1f\x7f\\\ud800-\udfff]", path):
         raise Refused(f"it holds a file named {path!r}: leave it out with 'exclude'")
     return path
 
@@ -160,7 +167,9 @@ def of_directory(asked: Asked) -> tuple[str, list[File]]:
     """(what identifies it, its files with their hashes)."""
     top = Path(asked.directory)
     files = []
-    for path, size in entries(top):
+    for path, size in list(
+        entries(top)
+    ):  # a link that leads in a circle is told before anything is read
         if chosen(asked, path):
             file = checked(top / path, File(safe(path), size, "-", ""))
             if file is None:
@@ -184,7 +193,7 @@ def entries(top: Path) -> Iterator[tuple[str, int]]:
     def failed(error: OSError) -> None:
         raise error
 
-    for name, folders, names in os.walk(top, onerror=failed, followlinks=False):
+    for name, folders, names in os.walk(top, onerror=failed, followlinks=True):
         folders[:] = sorted(each for each in folders if each not in LEFT_OUT)
         for each in sorted(names):
             path = Path(name, each)
@@ -244,8 +253,11 @@ def token_of(asked: Asked) -> str | None:
 
 def prepare(asked: Asked) -> None:
     """The library's settings, which it reads when it is imported; none comes from the caller."""
-    for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING"))]:
+    for name in [
+        name for name in os.environ if name.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))
+    ]:
         del os.environ[name]
+    os.environ["NETRC"] = os.devnull  # passwords of the caller's, which versions before 1 send
     os.environ["HF_ENDPOINT"] = asked.endpoint
     os.environ["HF_HOME"] = f"{asked.folder}/home"
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
@@ -278,7 +290,7 @@ class Hub:
 
     def commit(self) -> str:
         """What the revision is now."""
-        with self._told():
+        with self._told(), self._answered():
             found = self._api.repo_info(
                 self._asked.repository, repo_type=self._asked.kind, revision=self._asked.revision
             ).sha
@@ -290,15 +302,16 @@ class Hub:
 
     def files(self, commit: str) -> list[File]:
         """All that the patterns take."""
-        with self._told():
-            tree = list(
-                self._api.list_repo_tree(
-                    self._asked.repository,
-                    recursive=True,
-                    revision=commit,
-                    repo_type=self._asked.kind,
-                )
-            )
+        tree = []
+        with self._told(), self._answered():
+            for each in self._api.list_repo_tree(
+                self._asked.repository,
+                recursive=True,
+                revision=commit,
+                repo_type=self._asked.kind,
+            ):
+                tree.append(each)
+                signal.alarm(self._asked.patience)  # for the next page
         return [
             File(safe(each.path), each.size, each.blob_id, each.lfs.sha256 if each.lfs else "")
             for each in tree
@@ -336,11 +349,30 @@ class Hub:
         )
 
     @contextmanager
+    def _answered(self) -> Iterator[None]:
+        """Bounds what the library asks without a limit of its own. In the main thread alone."""
+
+        def late(number: int, frame: object) -> None:
+            raise Refused(
+                f"{self._asked.endpoint} took the question and does not answer within {self._asked.patience} s: "
+                "try again later, or name another endpoint or proxy"
+            )
+
+        signal.signal(signal.SIGALRM, late)
+        signal.alarm(self._asked.patience)
+        try:
+            yield
+        finally:
+            signal.alarm(0)
+
+    @contextmanager
     def _told(self) -> Iterator[None]:
         """The library's many exceptions as one sentence; none of their texts, which may hold signed addresses."""
         asked = self._asked
         try:
             yield
+        except Refused:
+            raise
         except OSError as error:
             if type(error).__module__ == "builtins" and error.errno:
                 raise  # the disk

@@ -11,7 +11,6 @@ from roles.core.role import Target, Unreadable, whole
 from roles.core.steps import quote
 from roles.fetch.hub import MANIFEST, STAMP
 from roles.fetch.spec import FetchSpec, environment_of
-from roles.storage.spec import shared_path
 
 NOTE = ".lockstep-damaged"
 """Beside the stamp: paths of files whose hash was found wrong."""
@@ -62,40 +61,39 @@ class Seen:
 
 @dataclass(frozen=True)
 class FetchState:
-    """fetched: by name in the cluster file. free: KiB on the storage, on the head."""
+    """fetched: by name in the cluster file."""
 
     fetched: Mapping[str, Seen] = field(default_factory=dict)
-    free: int | None = None
 
 
 def probe(target: Target[FetchSpec]) -> str:
-    """Lines ``declared NUMBER``, for each ``fetch NAME PLACE`` and ``stamp JSON``, and on the head ``wrong PATH``, ``library yes|no`` and
-    ``free KIB``; ``end`` is the last."""
+    """Lines ``declared NUMBER``, for each ``fetch NAME PLACE`` and ``stamp JSON``, and on the head ``wrong PATH`` and
+    ``library yes|no``; ``end`` is the last. A stamp counts on the head where the manifest is the one that it names."""
     each = target.spec.each(target.cluster)
     parts = [FILES] if target.is_head else []
     parts.append(f"echo declared {len(each)}\n")
     for one in each:
         parts.append(
             f't={quote(one.path)}\nif test -f "$t"/{MANIFEST}; then p=ours\n'
-            'elif ! test -e "$t"; then p=absent\n'
+            'elif ! test -e "$t" && ! test -L "$t"; then p=absent\n'
             'elif test -d "$t" && test -z "$(ls -A "$t")"; then p=empty\nelse p=foreign; fi\n'
             f'echo "fetch {one.name} $p"\n'
-            f'if test $p = ours && test -f "$t"/{STAMP}; then IFS= read -r l <"$t"/{STAMP} || :\n'
-            "  printf 'stamp %s\\n' \"$l\"; fi\n"
+            f'l=; if test $p = ours && test -f "$t"/{STAMP}; then IFS= read -r l <"$t"/{STAMP} || :; fi\n'
         )
         if target.is_head:
             parts.append(
-                f"if test $p = ours; then (cd \"$t\" && files {MOST} wrong | sed 's/^/wrong /'); fi\n"
+                f'm=; if test -n "$l"; then m=$(sha256sum <"$t"/{MANIFEST}); fi\n'
+                'case $l in *"${m%% *}"*) ;; *) l=;; esac\n'
+                f'if test -n "$l"; then (cd "$t" && files {MOST} wrong | sed \'s/^/wrong /\'); fi\n'
             )
+        parts.append('if test -n "$l"; then printf \'stamp %s\\n\' "$l"; fi\n')
+        if target.is_head:
             environment = environment_of(target.cluster, one) if one.spec.on == "head" else None
             if environment:
                 library = f"{quote(environment.prefix)}/lib*/python3*/site-packages/huggingface_hub/__init__.py"
                 parts.append(
                     f'l=no; for f in {library}; do if test -f "$f"; then l=yes; fi; done\necho "library $l"\n'
                 )
-    if target.is_head:
-        storage = quote(shared_path(target.cluster) or "/")
-        parts.append(f"df -Pk {storage} | awk 'NR == 2 {{ print \"free\", $4 }}'\n")
     return "".join([*parts, "echo end\n"])
 
 
@@ -103,7 +101,6 @@ def probe(target: Target[FetchSpec]) -> str:
 def parse(text: str) -> FetchState:
     """The state that ``probe`` printed."""
     fetched: dict[str, Seen] = {}
-    free: int | None = None
     declared, name = -1, ""
     for line in text.split("\n"):
         word, _, value = line.partition(" ")
@@ -112,8 +109,6 @@ def parse(text: str) -> FetchState:
             if name in fetched or place not in PLACES:
                 raise Unreadable(f"unexpected line {line!r}")
             fetched[name] = Seen(PLACES[place])
-        elif word == "free":
-            free = int(value)
         elif word == "declared":
             declared = int(value)
         elif not name:
@@ -128,4 +123,4 @@ def parse(text: str) -> FetchState:
             raise Unreadable(f"unexpected line {line!r}")
     if declared != len(fetched):
         raise Unreadable(f"it shows {len(fetched)} of {declared}")
-    return FetchState(fetched, free)
+    return FetchState(fetched)

@@ -53,6 +53,12 @@ def _pattern(text: str) -> str:
     return text
 
 
+def _whereabouts(text: str) -> str:
+    if re.search(r"hf_[A-Za-z0-9]{16}", text):
+        raise ValueError("must name where the token is; the token itself never stands here")
+    return text
+
+
 def _variable(text: str) -> str:
     if not VARIABLE.fullmatch(text):
         raise ValueError(
@@ -72,8 +78,17 @@ class Token(Strict):
     file: of mode 0600, the token in its first line. variable: of the environment that Lockstep runs in.
     """
 
-    file: str | None = Field(default=None, min_length=1)
-    variable: Annotated[str, AfterValidator(_variable)] | None = None
+    file: Annotated[str, Field(min_length=1), AfterValidator(_whereabouts)] | None = None
+    variable: Annotated[str, AfterValidator(_variable), AfterValidator(_whereabouts)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_secret(cls, values: object) -> object:
+        if isinstance(values, str):  # which the usual sentence would show
+            raise ValueError(
+                "must be {file: …} or {variable: …}; the token itself never stands here"
+            )
+        return values
 
     @model_validator(mode="after")
     def _one(self) -> Token:

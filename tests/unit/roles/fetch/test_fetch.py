@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,7 +20,8 @@ from inventory.errors import SchemaProblem
 from roles import fetch, registry
 from roles.core.role import Finding, Target
 from roles.core.steps import Download, Here, Shell, Step, Upload
-from roles.fetch.converge import converge, workshop
+from roles.fetch.converge import converge, program, workshop
+from roles.fetch.drift import remarks
 from roles.fetch.hub import MANIFEST, STAMP, Asked, File, Refused, checked, chosen, manifest, safe
 from roles.fetch.probe import FetchState, parse, probe
 from roles.fetch.proof import deep, proof
@@ -128,6 +130,13 @@ class Site:
             self.carry_out(step)
         assert self.findings() == []
 
+    def cut_off(self) -> None:
+        """A run that ends when the first large file has arrived."""
+        for step in converge(self.target(), self.state(), {}, self.findings()):
+            self.carry_out(step)
+            if isinstance(step, Upload):
+                return
+
     def refused(self) -> str:
         with pytest.raises(Failed) as caught:
             self.converge()
@@ -197,11 +206,7 @@ def test_a_file_that_broke_off_is_continued(site: Site) -> None:
 def test_what_another_run_brought_is_not_fetched_or_sent_again(site: Site) -> None:
     site.hub.model("org/llama", FILES)
     site.declare(llama={"model": "org/llama"})
-    steps = converge(site.target(), site.state(), {}, site.findings())
-    for step in steps:  # cut off after the large file arrived
-        site.carry_out(step)
-        if isinstance(step, Upload):
-            break
+    site.cut_off()
     site.hub.forget()
     site.said.clear()
     site.converge()
@@ -273,6 +278,37 @@ def test_a_branch_is_resolved_once_and_again_only_when_it_is_asked_for(
     assert sorted(site.hub.fetched) == ["config.json", "new.txt"]
     assert json.loads((place / STAMP).read_text())["commit"] == second
     assert content(place)["new.txt"] == b"new"
+
+
+def test_a_branch_is_followed_also_where_a_file_is_damaged(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.hub.model("org/llama", FILES)
+    site.declare(llama={"model": "org/llama"})
+    site.converge()
+    second = site.hub.model("org/llama", {**FILES, "new.txt": b"new"})
+    place = site.shared / "models" / "llama"
+    (place / "config.json").unlink()
+    site.options = {"refresh": "llama"}
+    for module in ("drift", "converge"):  # another run
+        monkeypatch.setattr(sys.modules[f"roles.fetch.{module}"], "RUN", "another")
+    site.converge()
+    assert json.loads((place / STAMP).read_text())["commit"] == second
+
+
+def test_a_refresh_of_what_follows_no_branch_is_told(site: Site) -> None:
+    site.declare(llama={"model": "org/llama"}, pinned={"model": "org/x", "revision": "0" * 40})
+
+    def told(node: str = "node1", **options: object) -> list[str]:
+        site.options = options
+        return [line for line, _ in remarks(site.target(node), FetchState(), {}, False)]
+
+    assert told() == told(refresh="llama") == told(refresh="all") == []
+    for name in ("lama", "pinned"):
+        assert told(refresh=name) == [
+            f"--data refresh={name} follows nothing: give one of llama, all"
+        ]
+    assert told("node2", refresh="lama") == []
 
 
 def test_a_commit_is_not_resolved_and_another_one_replaces_it(site: Site) -> None:
@@ -406,6 +442,137 @@ def test_other_files_at_the_place_are_left_alone(site: Site) -> None:
     assert content(place) == {"config.json": b"{}"}
 
 
+def test_files_of_others_in_the_place_are_never_lost(site: Site) -> None:
+    site.hub.model("org/llama", FILES)
+    site.declare(llama={"model": "org/llama"})
+    site.converge()
+    place = site.shared / "models" / "llama"
+    mine = place / "out" / "my weights.bin"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    (place / ".nfs0001").touch()  # a file of a job that was removed while open
+    assert site.findings() == []
+    (place / "config.json").unlink()
+    site.hub.forget()
+    assert f"{mine} was not fetched there and would be lost: move it away" in site.refused()
+    assert mine.read_text() == "mine" and site.hub.asked == []
+    mine.unlink()
+    site.converge()
+    assert content(place) == FILES and not mine.parent.exists()
+
+
+@pytest.mark.parametrize("bytes_left", [0, 30, 200])
+def test_a_manifest_that_was_cut_is_not_taken_for_the_whole(site: Site, bytes_left: int) -> None:
+    site.hub.model("org/llama", FILES)
+    site.declare(llama={"model": "org/llama"})
+    site.converge()
+    place = site.shared / "models" / "llama"
+    os.truncate(place / MANIFEST, bytes_left)
+    assert site.ids() == ["fetch-missing"]
+    assert "was not fetched there and would be lost: move it away" in site.refused()
+    place.rename(site.folder / "away")
+    site.converge()
+    assert content(place) == FILES
+
+
+def test_a_stamp_that_is_gone_is_made_again_once_no_job_runs(site: Site) -> None:
+    site.hub.model("org/llama", FILES)
+    site.declare(llama={"model": "org/llama"})
+    assert not site.findings()[0].disturbs
+    site.converge()
+    (site.shared / "models" / "llama" / STAMP).unlink()
+    (finding,) = site.findings()
+    assert finding.id == "fetch-missing" and finding.disturbs
+    site.hub.forget()
+    site.converge()
+    assert site.hub.fetched == []
+
+
+def test_no_folder_of_an_attempt_at_another_revision_is_left(site: Site) -> None:
+    site.hub.model("org/llama", FILES)
+    site.declare(llama={"model": "org/llama"})
+    site.cut_off()
+    site.hub.model("org/llama", {"a/config.json": b"2"})
+    site.converge()
+    place = site.shared / "models" / "llama"
+    assert [path.name for path in place.iterdir() if path.is_dir()] == ["a"]
+
+
+def test_a_link_to_a_folder_is_followed_and_a_circle_told(site: Site, tmp_path: Path) -> None:
+    source, other = tmp_path / "source", tmp_path / "other"
+    source.mkdir()
+    other.mkdir()
+    (other / "part-0.bin").write_bytes(b"part")
+    (source / "shards").symlink_to(other)
+    site.declare(own={"directory": "source", "path": str(site.shared / "own")})
+    site.converge()
+    assert content(site.shared / "own") == {"shards/part-0.bin": b"part"}
+    shutil.rmtree(site.shared / "own")
+    (other / "circle").symlink_to(other)
+    assert "Too many levels of symbolic links" in site.refused()
+
+
+def test_names_that_are_unusual_are_kept_and_those_that_are_no_text_refused(
+    site: Site, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "two\u2028lines\x85.txt").write_text("x")
+    (source / "b.txt").write_text("y")
+    site.declare(own={"directory": "source", "path": str(site.shared / "own")})
+    site.converge()
+    (source / "b.txt").write_text("yy")
+    site.converge()
+    assert sorted(content(site.shared / "own").values()) == [b"x", b"yy"]
+    Path(os.fsdecode(bytes(source) + b"/caf\xe9.txt")).touch()
+    assert "'caf\\udce9.txt': leave it out with 'exclude'" in site.refused()
+
+
+def test_a_directory_whose_manifest_is_damaged_is_refused(site: Site, tmp_path: Path) -> None:
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / "config.json").write_text("{}")
+    (tmp_path / "copy" / MANIFEST).write_text("2\tcut")
+    site.declare(own={"directory": "copy", "path": str(site.shared / "own")})
+    assert f"{MANIFEST}, which says what was fetched there, is damaged" in site.refused()
+
+
+def test_a_hub_that_never_answers_is_given_up(site: Site, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        for commit in (None, "0" * 40):
+            asked = Asked(
+                *("x", str(tmp_path), "model a/b", "run"),
+                repository="a/b",
+                revision="main",
+                commit=commit,
+                endpoint=address,
+                patience=1,
+            )
+            with pytest.raises(Failed, match=f"x: {address} took the question and does not answer"):
+                site.carry_out(Here(program(asked)))
+
+
+def test_settings_of_the_caller_do_not_count(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+    site.hub.model("org/llama", {"config.json": b"{}"})
+    site.declare(llama={"model": "org/llama"})
+    site.converge()
+
+
+@pytest.mark.parametrize("key", [None, "file", "variable"])
+def test_a_token_where_its_place_belongs_is_refused_and_not_shown(
+    site: Site, key: str | None
+) -> None:
+    secret = "hf_abcdefghijklmnopqrstuvwxyz"
+    path = site.declare(x={"model": "a/b", "token": {key: secret} if key else secret})
+    with pytest.raises(
+        SchemaProblem, match=r"fetch\.x\.token.*the token itself never stands"
+    ) as caught:
+        registry.read(path)
+    assert secret not in str(caught.value)
+
+
 def test_a_token_opens_what_is_private_and_reaches_no_command_and_no_word(
     site: Site, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -498,14 +665,24 @@ def test_wrong_bytes_are_refused_and_not_kept(site: Site) -> None:
     assert content(site.shared / "models" / "llama") == FILES
 
 
-def test_a_disk_that_is_too_small_is_told_before_the_first_byte(site: Site) -> None:
+def test_a_disk_that_is_too_small_is_told_before_the_first_byte(
+    site: Site, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     site.hub.model("org/llama", FILES)
     site.declare(llama={"model": "org/llama"})
-    state = FetchState(site.state().fetched, free=8_000)
-    with pytest.raises(Failed, match=r"needs 9\.0 MB and the shared storage has 8\.2 MB free"):
-        for step in converge(site.target(), state, {}, site.findings()):
-            site.carry_out(step)
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    disk = tools / "df"
+    disk.write_text("#!/bin/sh\nprintf 'Filesystem 1024-blocks Used Available\\nx 0 0 8000\\n'\n")
+    disk.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    assert "needs 9.0 MB and the shared storage has 8.2 MB free" in site.refused()
     assert site.hub.fetched == []
+    (tools / "df").unlink()
+    site.cut_off()
+    disk.write_text("#!/bin/sh\nprintf 'Filesystem 1024-blocks Used Available\\nx 0 0 100\\n'\n")
+    disk.chmod(0o755)
+    site.converge()  # what arrived before needs no more room
 
 
 @pytest.mark.parametrize(
