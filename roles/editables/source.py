@@ -1,6 +1,7 @@
 """The source of an editable install on the control machine: packed by content, and what it is built with.
 
-It is packed again only when a file's name, size or time changed. It is a folder, or what was packed of one, as ``lockstep bundle`` gathers it.
+It is packed again only when a file's name, size or time changed, or what was packed is damaged. It is a
+folder, or what was packed of one, as ``lockstep bundle`` gathers it.
 """
 
 from __future__ import annotations
@@ -99,6 +100,11 @@ def _source(place: Path, name: str, state: Path) -> Source:
     return Source(Parcel(packed, packed.stem, f"sources/{packed.name}"), requires)
 
 
+def _digest(file: Path) -> str:
+    status = file.stat()
+    return digest_of(file, status.st_size, status.st_mtime_ns)
+
+
 def _text(path: Path) -> bytes | None:
     return path.read_bytes() if path.is_file() else None
 
@@ -118,8 +124,7 @@ def _of_tar(packed: Path, name: str) -> Source:
         raise SourceProblem(
             f"{packed} is neither a folder nor a plain tar of one: {error}"
         ) from None
-    status = packed.stat()
-    digest = digest_of(packed, status.st_size, status.st_mtime_ns)
+    digest = _digest(packed)
     return Source(Parcel(packed, digest, f"sources/{digest}.tar"), requires)
 
 
@@ -154,8 +159,9 @@ def _packed(folder: Path, into: Path) -> Path:
     link = into / f"{key}.packed"
     if link.is_file():
         packed = into / link.readlink()
-        packed.touch()  # it is young again: no other run may forget it
-        return packed
+        if _digest(packed) == packed.stem:
+            packed.touch()  # it is young again: no other run may forget it
+            return packed
     packed = _pack(folder, into)
     if state_of(folder, LEFT_OUT) != before:
         raise SourceProblem(f"{folder} changed while it was packed: run again")
@@ -188,9 +194,7 @@ def _pack(folder: Path, into: Path) -> Path:
                         tar.addfile(member, file)
                 else:
                     tar.addfile(member)
-        status = fresh.stat()
-        digest = digest_of(fresh, status.st_size, status.st_mtime_ns)
-        packed = fresh.replace(into / f"{digest}.tar")
+        packed = fresh.replace(into / f"{_digest(fresh)}.tar")
     finally:
         fresh.unlink(missing_ok=True)
     for old in into.glob("*.tar"):  # another run may still be sending a young one
