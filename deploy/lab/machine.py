@@ -21,7 +21,7 @@ from deploy.lab.errors import LabError
 from deploy.lab.files import read_json
 from deploy.lab.image import available_memory, base_root
 from deploy.lab.network import attach, remove_link
-from deploy.lab.node import OFF_SECONDS, Node, clean, start_supervisor
+from deploy.lab.node import MOST_NODES, OFF_SECONDS, Node, clean, start_supervisor
 from deploy.lab.ssh import ports_of
 from deploy.lab.state import Paths
 
@@ -38,6 +38,9 @@ KERNEL_ARGUMENTS = (
     # Each costs an emulated processor seconds, and protects or measures nothing here.
     *("mitigations=off", "nokaslr", "nowatchdog", "audit=0"),
 )
+CONSOLE = "console.sock"
+SOCKET_LETTERS = 107
+"""The longest path of a socket, unix(7)."""
 SECONDS = 3600.0
 """Time limit of one command of ``lab shell``."""
 
@@ -60,7 +63,7 @@ class Machine(Node):
 
     @property
     def console(self) -> Path:
-        return self.directory / "console.sock"
+        return self.directory / CONSOLE
 
     def qemu(self) -> processes.Process | None:
         """The living QEMU, by its record."""
@@ -74,6 +77,12 @@ class Machine(Node):
                 f"--kind vm emulates x86_64 machines, and this machine is {platform.machine()}: use containers"
             )
         requirements.check_programs(requirements.MACHINE_TOOLS)
+        over = len(str(paths.nodes / f"node{MOST_NODES}" / CONSOLE)) - SOCKET_LETTERS
+        if over > 0:
+            raise LabError(
+                f"{paths.state} is too long for the sockets of machines below it: set LOCKSTEP_LAB to a "
+                f"path of {len(str(paths.state)) - over} letters at most"
+            )
         if not Path("/dev/net/tun").exists():
             raise LabError(
                 "--kind vm needs /dev/net/tun, which this machine lacks: `modprobe tun`, or use containers"
@@ -82,8 +91,8 @@ class Machine(Node):
         have = available_memory(Path("/proc/meminfo").read_text()) >> 20
         if need > have:
             raise LabError(
-                f"{count} more machines need {need} MiB of memory, and {have} MiB are available: "
-                "give --nodes a smaller number, or free some"
+                f"{count} more of the machines need {need} MiB of memory, and {have} MiB are available: "
+                "free some, or have fewer nodes"
             )
 
     def furnish(self, directory: Path) -> None:

@@ -135,20 +135,34 @@ def test_the_repository_cannot_be_written_by_a_machine(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("memory", "sentence"),
-    [(1 << 30, "2 more machines need 3584 MiB of memory, and 1024 MiB are available"), (1 << 40, None)],
+    [(1 << 30, "2 more of the machines need 3584 MiB of memory, and 1024 MiB are available"), (1 << 40, None)],
 )  # fmt: skip
 def test_too_little_memory_is_told_before_anything_starts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: int, sentence: str | None
+    monkeypatch: pytest.MonkeyPatch, memory: int, sentence: str | None
 ) -> None:
     monkeypatch.setattr(requirements, "check_programs", lambda tools: None)
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(machine, "available_memory", lambda text: memory)
     monkeypatch.setattr(Path, "exists", lambda path: True)
     if sentence is None:
-        Machine.check(Paths(tmp_path, tmp_path), 2)
+        Machine.check(Paths(Path("/lab"), Path("/cache")), 2)
     else:
         with pytest.raises(LabError, match=sentence):
-            Machine.check(Paths(tmp_path, tmp_path), 2)
+            Machine.check(Paths(Path("/lab"), Path("/cache")), 2)
+
+
+def test_a_state_directory_too_long_for_a_socket_is_told_before_anything_is_built(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(requirements, "check_programs", lambda tools: None)
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(machine, "available_memory", lambda text: 1 << 40)
+    monkeypatch.setattr(Path, "exists", lambda path: True)
+    fits = Path("/" + "x" * (107 - len("//nodes/node8/console.sock")))
+    Machine.check(Paths(fits, fits), 1)
+    longer = Path(f"{fits}x")
+    with pytest.raises(LabError, match=f"a path of {len(str(fits))} letters at most"):
+        Machine.check(Paths(longer, longer), 1)
 
 
 def test_a_missing_emulator_is_named_by_its_packages(
@@ -287,14 +301,9 @@ def test_a_command_that_ended_by_itself_is_no_command_that_took_too_long(
 def test_a_console_without_a_terminal_is_refused_in_a_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one = node(tmp_path)
-    one.directory.mkdir(parents=True)
     monkeypatch.setattr(os, "isatty", lambda descriptor: False)
-    with socket.socket(socket.AF_UNIX) as console:
-        console.bind(str(one.console))
-        console.listen()
-        with pytest.raises(LabError, match="needs a terminal: give a command, `lab shell node1 --"):
-            one.shell([])
+    with pytest.raises(LabError, match="needs a terminal: give a command, `lab shell node1 --"):
+        node(tmp_path).shell([])
 
 
 def test_a_node_s_own_files_are_packed_where_only_root_reads_them(

@@ -14,6 +14,7 @@ import pytest
 from pydantic import ValidationError
 
 from inventory.cluster import Cluster, Node
+from roles.core import fstab
 from roles.core.role import Finding, Target, Unreadable
 from roles.core.steps import Shell
 from roles.storage import depot, role, shared_path
@@ -525,6 +526,15 @@ def test_options_that_changed_are_mounted_again_once_no_job_runs_there() -> None
     for unmounted in (client(fstab=()), client(fstab=(line("nas:/old /shared nfs defaults 0 0"),))):
         (found,) = client_findings(unmounted)
         assert not found.disturbs and "umount" not in client_script(unmounted)
+
+
+def test_taking_a_line_out_of_fstab_touches_no_other_one(tmp_path: Path) -> None:
+    file = tmp_path / "fstab"
+    others = "# a /old nfs\n/dev/a / ext4 defaults 0 1\nnas:/x\t/old/er nfs hard"
+    file.write_text(f"nas:/y /old nfs hard 0 0\n{others}")
+    for _ in range(2):
+        done = sh("set -e\n" + fstab.drop("/old").replace("/etc/fstab", str(file)))
+        assert (done.returncode, file.read_text()) == (0, f"{others}\n")
 
 
 def test_a_line_for_another_nfs_server_gives_way_to_the_declared_one() -> None:
