@@ -116,6 +116,8 @@ def _running(target: Target[StorageSpec], state: ExportsState) -> Iterator[Findi
         yield Finding(
             "nfs-exports",
             f"{exported(spec)} exported now, rw and {squash(spec)}, to {', '.join(wrong)}",
-            "not, or otherwise",
+            f"otherwise, and {' and '.join(state.elsewhere)} names it too: take it out there"
+            if state.elsewhere
+            else "not, or otherwise",
             "the server reads its files again",
         )

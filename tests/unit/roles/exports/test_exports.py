@@ -141,6 +141,13 @@ def test_an_export_to_strangers_is_named_with_them_and_left_to_the_user_where_a_
     assert "out of /etc/exports, and run" in found.fix and script(seen) == ""
 
 
+def test_another_file_that_may_be_why_a_client_has_other_options_is_named() -> None:
+    seen = state(clients=dict.fromkeys(state().clients, ("ro",)), elsewhere=("/etc/exports",))
+    (found,) = role.drift(target(), seen, {})
+    assert (found.id, found.repairable) == ("nfs-exports", True)
+    assert "/etc/exports names it too: take it out there" in str(found)
+
+
 def test_a_client_that_no_file_names_any_more_is_withdrawn() -> None:
     """A run that was cut off after it wrote the file leaves that."""
     seen = state(clients={**state().clients, "10.77.92.99": OPTIONS})
