@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 from deploy.bundle.store import BundleError, Store
 from inventory.cluster import Cluster
 from roles.core.here import run_here
 from roles.core.session import NodeFailed
 from roles.fetch.converge import asked, pinned, program
-from roles.fetch.hub import MANIFEST, STAMP, manifest
+from roles.fetch.hub import MANIFEST, STAMP, manifest, stamp_of
 from roles.fetch.spec import Declared
 
 
@@ -28,7 +25,7 @@ def gather(store: Store, cluster: Cluster, one: Declared, say: Callable[[str], N
     """
     folder = store.folder / "models" / one.name
     files = store.folder / place(one.name)
-    request = asked(cluster, one, str(folder), pinned(one, _stamp(files)))
+    request = asked(cluster, one, str(folder), pinned(one, stamp_of(files)))
     try:
         run_here(program(request), say)
     except NodeFailed as error:
@@ -41,11 +38,3 @@ def gather(store: Store, cluster: Cluster, one: Declared, say: Callable[[str], N
             store.keep(name, file.sha256)
     for own in (MANIFEST, STAMP):
         store.keep(f"{place(one.name)}/{own}")
-
-
-def _stamp(files: Path) -> dict[str, Any]:
-    try:
-        found = json.loads((files / STAMP).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -105,19 +105,25 @@ fi
 
 
 def survey(one: Declared) -> str:
-    """Shell: the folder where it grows, with the lines of the manifest whose files are right (``before``), the
-    hashes of large files that an earlier run brought there (``arrived``), and the KiB that it may take (``room``)."""
+    """Shell: the folder where it grows, with the lines of the manifest whose files are right (``before``).
+
+    For what is sent there, also the hashes of files that an earlier run brought (``arrived``), and the KiB that
+    it may take (``room``).
+    """
+    sent = (
+        'cd "$a"/files\n'
+        "free=$(df -Pk . | awk 'NR == 2 { print $4 }') there=$(du -sk . | cut -f 1)\n"
+        "echo $((free + there)) >../room\n"
+        "find . -path ./.cache -prune -o -type f ! -name '.lockstep-*' ! -path '*.arriving/*' "
+        "-exec sha256sum {} + >../arrived\n"
+    )
     return (
         f"umask 022\n{FILES}{OTHERS}\nt={quote(one.path)} a={quote(one.arriving)}\n"
         'mkdir -p "$a"/files\n: >"$a"/before\n'
         'if ! test -e "$t" && test -d "$a"/old; then mv -T "$a"/old "$t"; fi\n'
         f"{ALONE}"
         f'if test -f "$t"/{MANIFEST}; then (cd "$t" && files 100000000 right) >"$a"/before; fi\n'
-        'cd "$a"/files\n'
-        "free=$(df -Pk . | awk 'NR == 2 { print $4 }') there=$(du -sk . | cut -f 1)\n"
-        "echo $((free + there)) >../room\n"
-        "find . -path ./.cache -prune -o -type f ! -name '.lockstep-*' ! -path '*.arriving/*' "
-        "-exec sha256sum {} + >../arrived\n"
+        f"{sent if one.spec.on == 'control' else ''}"
     )
 
 

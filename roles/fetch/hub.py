@@ -202,16 +202,23 @@ def entries(top: Path) -> Iterator[tuple[str, int]]:
                 yield str(path.relative_to(top)), status.st_size
 
 
+def stamp_of(top: Path) -> dict[str, Any]:
+    """What the stamp in a directory says; empty where there is none."""
+    try:
+        found = json.loads((top / STAMP).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def identity(top: Path) -> str:
     """What tells this content of a directory from another, without reading it: 40 hexadecimal digits.
 
-    What Lockstep fetched there has its commit; else names, sizes and times count. Raises OSError.
+    What Lockstep fetched there is named by its manifest, because one commit may have been fetched with other
+    patterns; else names, sizes and times count. Raises OSError.
     """
-    try:
-        stamp = json.loads((top / STAMP).read_text(encoding="utf-8"))
-        return str(stamp["commit"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
+    if named := stamp_of(top).get("manifest"):
+        return str(named)[:40]
     digest = hashlib.sha256()
     for path, size in entries(top):
         digest.update(ascii((path, size, (top / path).stat().st_mtime_ns)).encode())

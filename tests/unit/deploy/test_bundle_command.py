@@ -25,7 +25,7 @@ from roles.editables.source import source_of
 from roles.environment import sources
 from roles.environment.archive import Archive
 from roles.environment.spec import Environments
-from roles.fetch.hub import identity
+from roles.fetch.hub import identity, stamp_of
 from roles.fetch.spec import FetchSpec
 from roles.packages import bundle as manifests
 from tests.local_hub import local_hub
@@ -337,7 +337,10 @@ def test_models_and_data_are_in_the_bundle_and_a_damaged_file_alone_is_fetched_a
     llama, own = section.each(found)
     assert (llama.path, own.path) == ("/data/models/llama", "/data/own")
     assert llama.spec.directory is not None
-    assert identity(found.at_hand(llama.spec.directory)) == commit
+    place = found.at_hand(llama.spec.directory)
+    assert stamp_of(place)["commit"] == commit
+    # The same commit with other patterns is another content.
+    assert identity(place) == stamp_of(place)["manifest"][:40]
 
 
 def test_of_two_kinds_of_machines_each_keeps_its_wheel(tmp_path: Path) -> None:

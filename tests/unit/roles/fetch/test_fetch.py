@@ -410,18 +410,24 @@ def test_a_directory_takes_the_place_of_a_hub(site: Site, tmp_path: Path) -> Non
 
 
 def test_what_was_fetched_is_a_directory_that_is_checked(site: Site, tmp_path: Path) -> None:
-    """As the bundle has it: its stamp tells the commit, its manifest the hashes."""
-    commit = site.hub.model("org/llama", FILES)
+    """As the bundle has it: its manifest has the hashes, and tells what was fetched with other patterns."""
+    site.hub.model("org/llama", FILES)
+    site.declare(llama={"model": "org/llama", "include": ["*.json"]})
+    site.converge()
+    few = shutil.copytree(site.shared / "models" / "llama", tmp_path / "few")
     site.declare(llama={"model": "org/llama"})
     site.converge()
     shutil.copytree(site.shared / "models" / "llama", tmp_path / "copy")
     shutil.rmtree(site.shared / "models")
     site.hub.forget()
-    site.declare(llama={"directory": "copy", "path": str(site.shared / "models/llama")})
-    site.converge()
     place = site.shared / "models" / "llama"
+    site.declare(llama={"directory": str(few), "path": str(place)})
+    site.converge()
+    assert sorted(content(place)) == ["config.json", "tokenizer.json"]
+    site.declare(llama={"directory": "copy", "path": str(place)})
+    assert site.ids() == ["fetch-other"]
+    site.converge()
     assert content(place) == FILES and site.hub.asked == []
-    assert json.loads((place / STAMP).read_text())["commit"] == commit
     shutil.rmtree(place)
     (tmp_path / "copy/config.json").write_bytes(b"x")
     assert "is damaged (config.json)" in site.refused()
