@@ -78,6 +78,15 @@ PROOFS: dict[str, Callable[[], str | None]] = {
 }
 
 
+def try_gpu() -> None:
+    """Raise torch's own error where the node's GPUs cannot be used now: that proves nothing of operators,
+    and DeepSpeed would go on without them. On a node without GPUs jobs, and this, have DS_ACCELERATOR=cpu."""
+    import torch
+
+    if torch.version.cuda and os.environ.get("DS_ACCELERATOR") != "cpu":
+        torch.zeros(1, device="cuda")
+
+
 def digests(folder: Path) -> dict[str, str]:
     """Path below the folder to the SHA-256 of each library."""
     return {
@@ -106,7 +115,7 @@ def problems(copy: Path, ops: list[str]) -> Iterator[str]:
 
 
 def prove(folder: Path, ops: list[str]) -> list[str]:
-    """Run the proofs and leave the stamp. Returns what failed."""
+    """Run the proofs and leave the stamp. Returns what failed; raises what proves nothing, without a stamp."""
     proof = folder / PROOF
     proof.unlink(
         missing_ok=True
@@ -115,6 +124,7 @@ def prove(folder: Path, ops: list[str]) -> list[str]:
         copy = Path(scratch) / "ops"
         shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("lock"))
         os.environ["TORCH_EXTENSIONS_DIR"] = str(copy)
+        try_gpu()
         found = list(problems(copy, ops))
     stamp = (folder / STAMP).read_text().rstrip("\n")
     shown = {"stamp": hashlib.sha256(stamp.encode()).hexdigest()}

@@ -12,6 +12,7 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -202,6 +203,7 @@ def test_a_failed_proof_leaves_what_is_wrong_but_not_where_the_gpu_had_no_room(
     (tmp_path / ".lockstep-ops.json").write_text("{}\n")
     left = tmp_path / ".lockstep-ops-proof.json"
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "")
+    monkeypatch.setattr(prove, "try_gpu", lambda: None)
     monkeypatch.setitem(prove.PROOFS, "cpu_adam", lambda: "its result is off torch's by 1")
     assert prove.prove(tmp_path, ["cpu_adam"]) == ["cpu_adam: its result is off torch's by 1"]
     assert json.loads(left.read_text()) == {"wrong": "cpu_adam: its result is off torch's by 1"}
@@ -212,6 +214,26 @@ def test_a_failed_proof_leaves_what_is_wrong_but_not_where_the_gpu_had_no_room(
     monkeypatch.setitem(prove.PROOFS, "cpu_adam", lambda: None)
     assert prove.prove(tmp_path, ["cpu_adam"]) == []
     assert json.loads(left.read_text()) == {"stamp": hashlib.sha256(b"{}").hexdigest()}
+
+
+def test_a_gpu_that_cannot_be_used_condemns_no_operator_and_proves_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def zeros(_: int, device: str) -> None:
+        raise RuntimeError(f"Found no NVIDIA driver for {device}")
+
+    torch = SimpleNamespace(version=SimpleNamespace(cuda="12.8"), zeros=zeros)
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    monkeypatch.setitem(prove.PROOFS, "fused_adam", lambda: "it is compiled for another device")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "")
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    (tmp_path / ".lockstep-ops.json").write_text("{}\n")
+    left = tmp_path / ".lockstep-ops-proof.json"
+    with pytest.raises(RuntimeError, match="Found no NVIDIA driver for cuda"):
+        prove.prove(tmp_path, ["fused_adam"])
+    assert not left.exists()
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert len(prove.prove(tmp_path, ["fused_adam"])) == 1 and left.exists()
 
 
 @pytest.mark.parametrize(
