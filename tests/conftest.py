@@ -2,7 +2,7 @@
 
 With ``-n 2`` the tests of one file run in their order on one worker, or those of one folder where the folder
 has fixtures of its own; nothing else is shared. Tests on real nodes begin, because they take the longest.
-A run fails where a test was skipped, unless it needs a GPU.
+A run fails where a test, or a whole file of them, was skipped, unless it needs a GPU.
 """
 
 from __future__ import annotations
@@ -40,6 +40,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.skipped and "GPU" not in str(report.longrepr):
+        _skipped.append(report.nodeid)
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    """A whole file, as by ``importorskip``."""
     if report.skipped and "GPU" not in str(report.longrepr):
         _skipped.append(report.nodeid)
 
