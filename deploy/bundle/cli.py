@@ -81,7 +81,7 @@ def bundle(cluster: Cluster, folder: Path, ask_only: bool, say: Callable[[str], 
             archives[one.name] = archive
     fetched = {}
     fetch = cluster.section("fetch", FetchSpec)
-    for model in fetch.each(cluster) if fetch else []:
+    for model in fetch.each(cluster) if fetch and fetch.manage == "managed" else []:
         models.gather(store, cluster, model, say)
         fetched[model.name] = model.path
     if cluster.job is not None:

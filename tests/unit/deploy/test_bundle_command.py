@@ -325,6 +325,12 @@ def test_models_and_data_are_in_the_bundle_and_a_damaged_file_alone_is_fetched_a
         hub.forget()
         cli.bundle(cluster, folder, False, said.append)
         assert hub.fetched == ["config.json"]
+        checked = f"{head}fetch:\n  manage: check\n{fetch}"
+        (tmp_path / "hosts.yaml").write_text(checked)
+        cli.bundle(registry.read(tmp_path / "hosts.yaml"), tmp_path / "other", False, said.append)
+        assert hub.fetched == ["config.json"]  # what nothing fetches later is not gathered
+        kept = yaml.safe_load((tmp_path / "other/cluster.yaml").read_text())["fetch"]["llama"]
+        assert kept["model"] == "org/llama"
     manifests.read.cache_clear()
     names = [name for name in whole.files if name.startswith("models/")]
     assert {*names} >= {f"models/llama/files/{path}" for path in files} | {
