@@ -196,7 +196,9 @@ class Site:
     def declare(self, **changes: Any) -> None:
         """Rewrite the cluster file with some top-level keys replaced."""
         declared = yaml.safe_load(self.cluster.read_text())
-        self.cluster.write_text(yaml.safe_dump({**declared, **changes}, sort_keys=False))
+        # By way of JSON no two keys share a value: YAML would write an alias.
+        alone = json.loads(json.dumps({**declared, **changes}))
+        self.cluster.write_text(yaml.safe_dump(alone, sort_keys=False))
 
     def prove_briefly(self) -> None:
         """Have an environment that was proved whole proved by little from now on."""
