@@ -55,8 +55,8 @@ def test_a_pin_that_breaks_another_package_is_refused_until_the_file_accepts_it(
     assert "shellingham-1.4" in lab.shell("node2", f"ls -d {site}/shellingham-*")
     report = lab.verify()
     assert report["verdict"] == "ok", report["findings"]
-    rows = {row["fact"]: row["values"]["node1"] for row in report["identity"]}
-    assert "shellingham needs nowhere_near>=2" in rows["requirements not met"]
+    rows = {row["fact"]: row["values"] for row in report["identity"]}
+    assert "shellingham needs nowhere_near>=2" in rows["requirements not met"]["node1"]
     assert lab.converge()["totals"]["success"] == 0
 
     lab.declare(environments=declared)
