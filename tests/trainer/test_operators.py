@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 import subprocess
 from pathlib import Path
@@ -78,4 +79,5 @@ def test_an_operator_compiled_once_works_elsewhere_and_a_damaged_one_is_told(
         assert other.wrong() == ["ops-altered"]
         said = other.sh(proof(other.target))
         assert said.startswith("ops-load\t") and told in said and said.count("\n") == 1
-        assert not other.look().environments["main"].proof
+        assert told in json.loads(other.look().environments["main"].proof)["wrong"]
+        assert other.wrong() == ["ops-altered"]
