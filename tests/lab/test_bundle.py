@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from pip._internal.models.index import PyPI
 
 from tests.lab.site import Site, bare, beside
 
@@ -88,7 +89,7 @@ def _environment(directory: Path) -> dict[str, Any]:
         "imports": ["json"],
         "commands": ["python3"],
         "pins": {"packaging": "25.0"},
-        "index": asked.stdout.strip() or "https://pypi.org/simple",
+        "index": asked.stdout.strip() or PyPI.simple_url,
     }
 
 
