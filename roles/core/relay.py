@@ -18,7 +18,7 @@ from pyinfra.api.host import Host
 
 from inventory.cluster import Node
 from roles.core import session
-from roles.core.steps import Upload, quote
+from roles.core.steps import UNATTENDED_SSH, Upload, quote
 
 MARK = "lockstep-relay-"
 """Begins the comment of a one-time key's line."""
@@ -162,15 +162,12 @@ def _take(step: Upload, mark: str, giver: Node, host_keys: list[str]) -> str:
     options = " ".join(
         f"-o {option}"
         for option in (
-            "BatchMode=yes",
+            *UNATTENDED_SSH,
             "IdentitiesOnly=yes",
             "UserKnownHostsFile=$folder/known",
             "GlobalKnownHostsFile=/dev/null",
             "StrictHostKeyChecking=yes",
             f"HostKeyAlias={giver.name}",
-            "ConnectTimeout=10",
-            "ServerAliveInterval=5",
-            "ServerAliveCountMax=3",
         )
     )
     return (

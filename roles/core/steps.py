@@ -13,6 +13,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
+UNATTENDED_SSH = (
+    "BatchMode=yes",
+    "ConnectTimeout=10",
+    "ServerAliveInterval=5",
+    "ServerAliveCountMax=3",
+)
+"""Options of an ssh between nodes that nobody watches: it asks nothing, and a dead peer ends it within 15 s."""
+
 
 @dataclass(frozen=True)
 class Shell:

@@ -287,7 +287,10 @@ def _autostart(words: Mapping[str, list[str]]) -> Autostart | None:
     if "autostart" not in words:
         return None
     digest, enabled, active = words["autostart"][0].split(" ")
-    note = str((_json(words, "note") or {}).get("note", ""))
+    try:
+        note = str((_json(words, "note") or {}).get("note", ""))
+    except ValueError:  # the service takes it for none and writes it anew
+        note = ""
     return Autostart(digest, enabled == "enabled", active == "active", note)
 
 

@@ -22,7 +22,7 @@ from typing import Any
 from inventory.cluster import Cluster, Node
 from inventory.job import load_job
 from roles.core.role import Finding, Peers, Target, Unreadable
-from roles.core.steps import Meet, Shell
+from roles.core.steps import UNATTENDED_SSH, Meet, Shell
 from roles.job.autostart import FOLDER, NOTE, SECTIONS
 from roles.job.converge import converge
 from roles.job.decide import decide
@@ -75,13 +75,7 @@ def run(cluster: Cluster, name: str, script: str, seconds: int) -> str:
     # On the node itself, too: what hangs there, as on storage that is gone, outlives its ssh.
     command = ["timeout", "-k", "5", str(seconds), "sh", "-c", script]
     if name != cluster.head.name:
-        options = (
-            "BatchMode=yes",
-            "ConnectTimeout=10",
-            "ServerAliveInterval=5",
-            "ServerAliveCountMax=3",
-        )
-        flags = [word for option in options for word in ("-o", option)]
+        flags = [word for option in UNATTENDED_SSH for word in ("-o", option)]
         command = ["ssh", *flags, name, shlex.join(command)]
     try:
         done = subprocess.run(

@@ -233,11 +233,12 @@ def _system(key: str, path: str) -> Iterable[tuple[str, str]]:
 
 
 def _is_address(text: str) -> bool:
+    """Whether one machine has it that is the same seen from every node."""
     try:
-        ipaddress.ip_address(text)
+        address = ipaddress.ip_address(text)
     except ValueError:
         return False
-    return True
+    return not (address.is_loopback or address.is_unspecified or address.is_multicast)
 
 
 def server_node(spec: StorageSpec, cluster: Cluster) -> Node | None:

@@ -178,6 +178,11 @@ def test_the_probe_shows_it_and_a_drained_attempt() -> None:
     assert state.attempt is not None and state.attempt.drained
 
 
+def test_half_a_note_of_the_service_hides_nothing_else_of_the_node() -> None:
+    state = parse('boot a\nnow 1\ncores 1\ngpus 0\nautostart abc enabled active\nnote {"tri\nend')
+    assert state.autostart == Autostart("abc", True, True, "")
+
+
 SHARED = StorageState(
     access="yes",
     real="/shared",

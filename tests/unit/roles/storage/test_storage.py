@@ -351,6 +351,8 @@ def refusals(**declared: Any) -> dict[str, str]:
         ({"server": "nas one"}, "server", "is no server"),
         ({"server": "10.9.0.300"}, "server", "is no server"),
         ({"server": "10.9.0"}, "server", "is no server"),
+        ({"server": "127.0.0.1"}, "server", "is no server"),
+        ({"server": "::"}, "server", "is no server"),
         ({"server": None}, "server", "is missing: name a node"),
         ({"server": "10.77.164.12"}, "server", "say server: node2"),
         ({"server": "10.9.0.1", "threads": 8}, "threads", "is a matter of the server 10.9.0.1"),
