@@ -10,7 +10,6 @@ import logging
 import shlex
 import socket
 from dataclasses import dataclass
-from typing import Any
 
 from paramiko import Channel, SSHException
 from pyinfra import logger
@@ -22,6 +21,13 @@ from pyinfra.api.host import Host
 # Python prints the errors of a logger that has no handler.
 logging.getLogger("paramiko").addHandler(logging.NullHandler())
 
+
+MARK = "# lockstep: what follows is run"
+READ = f"lockstep=$(sed -n '/^{MARK}$/,$p'); exec </dev/null; eval \"$lockstep\""
+"""Shell that runs the script that comes by standard input, from its mark on.
+
+What is an argument is seen by every user of the node in ``ps``, and a file that a step writes may hold a token.
+"""
 
 DEAD_SECONDS = 60
 """A connection whose other side acknowledges nothing for so long is over; a switch may need 30 to let a link up."""
@@ -41,6 +47,31 @@ class Output:
 
     stdout: str
     stderr: str
+
+
+@dataclass(frozen=True)
+class Login:
+    """How a script is run by the user who logs in: as that user, or as root by sudo."""
+
+    sudo: bool = False
+    password: str | None = None
+
+    def running(self, script: str) -> tuple[str, str]:
+        """The command for the login, and what is sent to its standard input."""
+        sent = f"{MARK}\n{script}"
+        if not self.sudo:
+            return READ, sent
+        told = (
+            "{ status=$?; cat >/dev/null; exit $status; }"  # an answer comes only when all is read
+        )
+        if self.password is None:
+            return f"sudo -H -n sh -c {shlex.quote(READ)} || {told}", sent
+        # The password is tried alone: after a wrong one sudo would take the script's lines for others.
+        say = "printf '%s\\n' \"$password\""
+        return (
+            f"IFS= read -r password; {say} | sudo -S -p '' true || {told}; "
+            f"{{ {say}; cat; }} | sudo -H -S -p '' sh -c {shlex.quote(READ)}"
+        ), f"{self.password}\n{sent}"
 
 
 def connect(node: Host) -> None:
@@ -100,19 +131,17 @@ def run(node: Host, script: str, seconds: int, show: bool = False, root: bool = 
     seconds: after these the command counts as failed. show: print its lines as they arrive.
     Raises NodeFailed with the last line of standard error, or with what broke the connection.
     """
-    arguments: dict[str, Any] = {"_timeout": seconds, "_sudo": False}
-    command = StringCommand(script)
-    if root and node.data.get("_sudo"):
-        password = node.data.get("_sudo_password")
-        arguments["_stdin"] = f"{password}\n" if password else None
-        asking = "-S -p ''" if password else "-n"
-        command = StringCommand(
-            f"sudo -H {asking} sh -c {shlex.quote('exec </dev/null;' + script)}"
-        )
+    login = Login(bool(node.data.get("_sudo")), node.data.get("_sudo_password"))
+    command, sent = (login if root else Login()).running(script)
     try:
         connect(node)
         ok, output = node.run_shell_command(
-            command, print_output=show, print_input=False, **arguments
+            StringCommand(command),
+            print_output=show,
+            print_input=False,
+            _timeout=seconds,
+            _sudo=False,
+            _stdin=sent,
         )
     except TimeoutError:
         raise NodeFailed(f"no answer within {seconds} s") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import subprocess
 from typing import Any
 
@@ -12,6 +11,7 @@ from inventory.cluster import Cluster
 from roles import registry
 from roles.core.look import _parsed, script, split, target_of
 from roles.core.role import Unreadable
+from roles.core.session import Login
 from tests.lab.site import NODES, Site
 
 PROGRAMS = [
@@ -61,17 +61,18 @@ SHOWN_ONLY = {"glibc", "gcc", "metrics"}
 def states(cluster: Cluster, name: str, before: str) -> dict[str, Any]:
     """A node's look, through SSH and sudo as always, with some shell before it."""
     node = cluster.nodes[name]
-    text, password = f"{before}\n{script(registry.ROLES, cluster, name)}", ""
+    password = None
     if node.ssh.sudo:
         assert not isinstance(node.ssh.sudo, bool)
-        password = node.ssh.sudo.password_file.read_text()
-        text = f"sudo -H -S -p '' sh -c {shlex.quote(f'exec </dev/null;{text}')}"
+        password = node.ssh.sudo.password_file.read_text().strip()
+    login = Login(bool(node.ssh.sudo), password)
+    text, sent = login.running(f"{before}\n{script(registry.ROLES, cluster, name)}")
     done = subprocess.run(
         [
             "ssh", "-i", str(node.ssh.key), "-o", f"UserKnownHostsFile={cluster.known_hosts}", "-o", "BatchMode=yes",
             f"{node.ssh.user}@{node.address}", text,
         ],
-        input=password,
+        input=sent,
         capture_output=True,
         text=True,
         check=True,

@@ -34,13 +34,13 @@ NAMES = ("node1", "node2")
 
 
 class Recorded(ThisMachine):
-    """The control machine under a node's name; keeps the commands, and breaks when asked to."""
+    """The control machine under a node's name; keeps the scripts, and breaks when asked to."""
 
     ran: dict[str, list[str]] = {}
     breaks: dict[str, Exception] = {}
 
     def run_shell_command(self, command: Any, *arguments: Any, **more: Any) -> Any:
-        self.ran.setdefault(self.host.name, []).append(str(command))
+        self.ran.setdefault(self.host.name, []).append(more.get("_stdin") or str(command))
         if broken := self.breaks.get(self.host.name):
             raise broken
         return super().run_shell_command(command, *arguments, **more)
