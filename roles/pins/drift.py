@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from inventory.sentences import nearest
 from roles.core.role import Finding, Peers, Target
 from roles.environment.archive import Archive
 from roles.environment.parcel import Parcel
@@ -129,9 +130,18 @@ def known(one: Declared, archive: Archive, machine: str) -> set[tuple[str, str]]
 def remarks(
     target: Target[Environments], state: PinsState, peers: Peers, dry: bool
 ) -> Iterator[tuple[str, str | None]]:
-    """Requirements that the archives themselves do not meet: said by the head, for all nodes."""
+    """What the archives themselves do not meet, and what is accepted of none: said by the head, for all nodes."""
     for one in target.spec.each() if target.is_head else ():
         archive = archive_of(target.cluster, one)
+        present = installed(state.environments.get(one.name, Site()).folders)
+        for name in one.spec.accept if present else ():
+            if normal_name(name) not in present:
+                near = nearest(normal_name(name), present)
+                yield (
+                    f"environments.{one.name}.accept names {name}, which {one.prefix} does not have: "
+                    + (f"did you mean {near}?" if near else "leave it out"),
+                    "yellow",
+                )
         for each in of_the_archive(archive, state.machine) if archive else ():
             if not is_accepted(one, each):
                 yield (

@@ -5,7 +5,8 @@ Brings up a lab of its own with two nodes; each round declares another archive, 
 good when the old environment could be used until the cut, one run brings the new one to both nodes, and
 nothing is left behind. One thing may be: where the control process was killed, the key that it made and
 could not take back, on the nodes that were not cut since; its line must go when it expires.
-Arguments: number of rounds (20), seed (1). Prints JSON; times are seconds of wall clock.
+Arguments: number of rounds (20), seed (1). Prints JSON at the end, and each round as it goes on
+standard error; times are seconds of wall clock.
 """
 
 from __future__ import annotations
@@ -74,7 +75,11 @@ def main() -> int:
     """Print the rounds; exit 1 when one was not good."""
     rounds, seed = (int(value) for value in [*sys.argv[1:], *("20", "1")[len(sys.argv) - 1 :]])
     with brought_up() as site:
-        found = list(cuts(site, rounds, seed))
+        found = []
+        for each in cuts(site, rounds, seed):
+            found.append(each)
+            word = "good" if each.good else "bad"
+            print(f"{len(found)} of {rounds}: {word}, {each.node} cut", file=sys.stderr)
     good = sum(each.good for each in found)
     print(
         json.dumps(

@@ -381,6 +381,16 @@ def test_what_the_archive_itself_does_not_meet_is_a_remark_of_the_head(
     assert list(remarks(worker, seen, {}, False)) == []
 
 
+def test_what_is_accepted_of_a_distribution_that_is_not_there_is_a_remark() -> None:
+    seen = state("tool-1.dist-info", "protobuf-4.0.dist-info", unmet=[])
+    where = of({"accept": {"Tool": ["peft"], "protobuff": ["x"], "onnx": ["y"]}})
+    assert [line.partition("accept names ")[2] for line, _ in remarks(where, seen, {}, False)] == [
+        "protobuff, which /opt/lockstep/envs/llm does not have: did you mean protobuf?",
+        "onnx, which /opt/lockstep/envs/llm does not have: leave it out",
+    ]
+    assert list(remarks(where, replace(seen, environments={}), {}, False)) == []  # not unpacked yet
+
+
 def test_without_an_editable_package_that_alone_is_told() -> None:
     where = of({"editable": {"Rehearsal_Tool": "tool"}})
     there = state("rehearsal_tool-1.0.dist-info", unmet=[])
