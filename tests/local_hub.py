@@ -188,13 +188,13 @@ def _tree(files: Mapping[str, bytes]) -> list[dict[str, object]]:
 
 
 @contextmanager
-def local_hub() -> Iterator[LocalHub]:
-    """A hub on the loopback interface that answers until the block ends."""
+def local_hub(address: str = "127.0.0.1") -> Iterator[LocalHub]:
+    """A hub on that address of this machine, by itself the loopback interface's, until the block ends."""
     hub = LocalHub()
     handler = type("Handler", (_Handler,), {"hub": hub})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server = ThreadingHTTPServer((address, 0), handler)
     server.daemon_threads = True
-    hub.address = f"http://127.0.0.1:{server.server_address[1]}"
+    hub.address = f"http://{address}:{server.server_address[1]}"
     thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
     try:

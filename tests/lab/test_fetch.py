@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 
 import pytest
+import yaml
 
 from tests.lab.site import Site, bare, beside
 from tests.local_hub import LocalHub, local_hub
@@ -82,3 +86,34 @@ def test_a_hub_that_is_down_leaves_the_nodes_as_they_are(site: Site, hub: LocalH
     assert done.returncode != 0 and "Traceback" not in done.stderr + done.stdout
     assert f"{hub.address} answers with status 503: try again later" in done.stderr
     assert found(site) == {("node1", "fetch", "fetch-missing")}
+
+
+def test_the_head_fetches_with_the_library_of_its_environment(site: Site) -> None:
+    venv = site.directory / "venv"
+    subprocess.run(["/usr/bin/python3", "-m", "venv", "--without-pip", str(venv)], check=True)
+    library = f"huggingface_hub=={version('huggingface_hub')}"
+    install = ["-m", "pip", "--python", str(venv / "bin/python"), "install", "-q", library]
+    subprocess.run([sys.executable, *install], check=True)
+    hub_only = {"directory": str(venv), "imports": ["huggingface_hub"], "commands": []}
+    nodes = yaml.safe_load(site.cluster.read_text())["nodes"]
+    gateway = f"{nodes['node1']['address'].rpartition('.')[0]}.1"
+    with local_hub(gateway) as hub:
+        hub.model("org/llama", FILES)
+        hub.repositories["models/org/llama"].token = "very-secret"
+        hub.cut["weights/model 1.safetensors"] = 15_000_000
+        site.shell("node1", "umask 077; echo very-secret >/root/hub-token")
+        entry = {"model": "org/llama", "endpoint": hub.address, "on": "head", "path": PLACE}
+        entry["token"] = {"file": "/root/hub-token"}
+        site.declare(environments={"hub": hub_only}, fetch={"again": entry})
+        site.shell("node1", f"rm -rf {PLACE}")
+        site.converge()
+        assert sums(site, "node2").count("\n") == len(FILES)
+        assert found(site, "--deep") == set() and hub.tokens == {"very-secret"}
+        hub.forget()
+        assert site.converge()["totals"]["success"] == 0 and hub.asked == []
+        site.shell("node2", f"rm '{PLACE}/weights/model 1.safetensors'")
+        site.converge()
+        assert hub.fetched == ["weights/model 1.safetensors"] and found(site, "--deep") == set()
+    assert "very-secret" not in site.shell(
+        "node1", f"journalctl -q -o cat; cat {PLACE}/.lockstep-*"
+    )
