@@ -102,9 +102,15 @@ def test_the_head_fetches_with_the_library_of_its_environment(site: Site) -> Non
         hub.repositories["models/org/llama"].token = "very-secret"
         hub.cut["weights/model 1.safetensors"] = 15_000_000
         site.shell("node1", "umask 077; echo very-secret >/root/hub-token")
-        entry = {"model": "org/llama", "endpoint": hub.address, "on": "head", "path": PLACE}
-        entry["token"] = {"file": "/root/hub-token"}
-        site.declare(environments={"hub": hub_only}, fetch={"again": entry})
+        entry = {
+            "model": "org/llama",
+            "endpoint": hub.address,
+            "on": "head",
+            "path": PLACE,
+            "token": {"file": "/root/hub-token"},
+        }
+        unpacking = {"local": "/srv/lockstep/packages", "install": ["zstd"]}
+        site.declare(packages=unpacking, environments={"hub": hub_only}, fetch={"again": entry})
         site.shell("node1", f"rm -rf {PLACE}")
         site.converge()
         assert sums(site, "node2").count("\n") == len(FILES)
