@@ -15,7 +15,7 @@ from roles.packages.names import translated
 from roles.packages.spec import PackagesSpec
 from roles.storage.drift import has_own_line, lines_left, strays
 from roles.storage.mount import Wanted, wanted
-from roles.storage.probe import TOKEN_FILE, StorageState
+from roles.storage.probe import TOKEN_FILE, StorageState, token_file
 from roles.storage.spec import StorageSpec
 
 MOUNTING = {
@@ -52,14 +52,16 @@ def converge(
             yield Shell(f"{fstab.put(mount.line)}\nsystemctl daemon-reload")
         yield Shell(attempt(target, mount), seconds=target.spec.timeout + UNMOUNT_SECONDS)
     enter = _enter(target, state)
+    if "storage-missing" in ids:
+        yield Shell(f"umask 022; mkdir -p {quote(target.spec.path)}")
     if "storage-mark" in ids:
         yield Shell(
             f"{enter}umask 022; mkdir -p .lockstep\n"
             f"if ! test -s .lockstep/id; then {RANDOM} > .lockstep/.id.new; echo >> .lockstep/.id.new\n"
             "  mv -f .lockstep/.id.new .lockstep/id; fi"
         )
-    if ids & {"storage-mark", "storage-different", "storage-token"}:
-        if state.mark is None and not target.is_head:
+    if ids & {"storage-mark", "storage-different", "storage-token", "storage-missing"}:
+        if state.mark is None and not target.is_head and target.spec.kind != "local":
             yield Shell(_see_the_mark(target, enter), seconds=SEEN_SECONDS + 60)
         yield Shell(_token(target, enter))
     if "storage-token-left" in ids:
@@ -158,9 +160,10 @@ def _see_the_mark(target: Target[StorageSpec], enter: str) -> str:
 
 def _token(target: Target[StorageSpec], enter: str) -> str:
     """The token is made once, on the node's own disk; on the storage it is the name of an empty file."""
-    own, folder, name = TOKEN_FILE, f".lockstep/nodes/{target.cluster.name}", target.node.name
+    own, name = quote(token_file(target.spec)), target.node.name
+    folder = f".lockstep/nodes/{target.cluster.name}"
     return (
-        f"umask 022; mkdir -p {quote(own.rpartition('/')[0])}\n"
+        f"umask 022; mkdir -p {TOKEN_FILE.rpartition('/')[0]}\n"
         f"token=; if test -s {own}; then read -r token < {own}; fi\n"
         "case $token in ????????????????*) ;; *) token= ;; esac\n"
         "case $token in ''|*[!0-9a-f]*)\n"

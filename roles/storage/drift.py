@@ -1,4 +1,4 @@
-"""How the shared path of a node differs from one directory that all nodes see."""
+"""How the path of a node differs from one directory that all nodes see, or from one on its own disk."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from roles.core.role import Finding, Peers, Target
 from roles.storage.mount import OWN, Wanted, is_server, wanted
-from roles.storage.probe import TOUCH_SECONDS, Line, Mark, Mount, StorageState
+from roles.storage.probe import TOUCH_SECONDS, Line, Mark, Mount, StorageState, token_file
 from roles.storage.spec import StorageSpec, server_node
 
 LEAST_INODES = 1000
@@ -47,6 +47,8 @@ def is_plain(state: StorageState) -> bool:
 def drift(target: Target[StorageSpec], state: StorageState, peers: Peers) -> list[Finding]:
     """Findings: what makes the path unusable; if nothing does, whether it is the head's directory."""
     left = list(_left(target, state))
+    if target.spec.kind == "local":
+        return [*left, *_own(target, state)]
     unusable = list(_mounting(target, state)) or list(_unusable(target, state))
     if unusable:
         return [*left, *unusable]
@@ -211,6 +213,59 @@ def _otherwise(spec: StorageSpec, there: Mount) -> str:
     return ",".join(dict.fromkeys(wrong))
 
 
+def _own(target: Target[StorageSpec], state: StorageState) -> Iterator[Finding]:
+    """What is wrong with a directory on the node's own disk."""
+    path, name, mount = target.spec.path, target.node.name, state.mount
+    if state.access == "absent" and state.token is None:
+        yield Finding(
+            "storage-missing",
+            f"{path}, on this node's own disk",
+            "no such directory",
+            "it is made",
+        )
+        return
+    if state.access not in ("yes", "absent"):
+        yield from _unreachable(path, state)
+        return
+    if mount is not None and mount.kind not in ON_DISK:
+        yield Finding(
+            "storage-not-own",
+            f"{path} on a disk of this node",
+            f"{mount.source} ({mount.kind})",
+            "say kind: existing where all nodes see that directory, or declare a path on each node's own disk",
+            repairable=False,
+        )
+        return
+    if there := sorted(set(state.tokens) & {node.name for node in target.others}):
+        yield Finding(
+            "storage-not-own",
+            f"{path} for {name} alone",
+            f"what {', '.join(there)} wrote there",
+            f"say kind: existing where it is one directory; where it once was, remove {path}/.lockstep/nodes there",
+            repairable=False,
+        )
+        return
+    if state.token is not None and name not in state.tokens:
+        yield _lost(path, token_file(target.spec))
+        return
+    if unwritable := list(_unwritable(target, state)):
+        yield from unwritable
+        return
+    yield from _full(target, state)
+    yield from _token(target, state, "it is written there: by it the next look knows the disk")
+    yield from _modes(state)
+
+
+def _lost(path: str, token: str) -> Finding:
+    return Finding(
+        "storage-lost",
+        f"what Lockstep once wrote to {path}",
+        "an empty directory",
+        f"mount what lies under it; if a new directory is meant, remove {token}",
+        repairable=False,
+    )
+
+
 def _unusable(target: Target[StorageSpec], state: StorageState) -> Iterator[Finding]:
     path = target.spec.path
     if state.access == "absent":
@@ -222,6 +277,28 @@ def _unusable(target: Target[StorageSpec], state: StorageState) -> Iterator[Find
             repairable=False,
         )
         return
+    if state.access != "yes":
+        yield from _unreachable(path, state)
+        return
+    plain = is_plain(state)
+    if plain and len(target.cluster.nodes) > 1 and not state.exported:
+        yield Finding(
+            "nfs-mount-wrong",
+            f"the shared storage mounted at {path}",
+            f"a plain directory on {state.mount.source if state.mount else 'this disk'}",
+            f"mount it (and add it to /etc/fstab with _netdev), or declare as storage.path a directory "
+            f"that is mounted on every node; nothing is written into {path} meanwhile",
+            repairable=False,
+        )
+        return
+    lost = state.mark is None and state.token is not None
+    if lost and (plain or (is_server(target) and not state.tokens)):
+        yield _lost(path, token_file(target.spec))
+        return
+    yield from _unwritable(target, state)
+
+
+def _unreachable(path: str, state: StorageState) -> Iterator[Finding]:
     if state.access == "stale":
         yield Finding(
             "nfs-stale-handle",
@@ -249,28 +326,10 @@ def _unusable(target: Target[StorageSpec], state: StorageState) -> Iterator[Find
             repairable=False,
         )
         return
-    plain = is_plain(state)
-    node = server_node(target.spec, target.cluster)
-    if plain and len(target.cluster.nodes) > 1 and not state.exported:
-        yield Finding(
-            "nfs-mount-wrong",
-            f"the shared storage mounted at {path}",
-            f"a plain directory on {state.mount.source if state.mount else 'this disk'}",
-            f"mount it (and add it to /etc/fstab with _netdev), or declare as storage.path a directory "
-            f"that is mounted on every node; nothing is written into {path} meanwhile",
-            repairable=False,
-        )
-        return
-    lost = state.mark is None and state.token is not None
-    if lost and (plain or (is_server(target) and not state.tokens)):
-        yield Finding(
-            "storage-lost",
-            f"what Lockstep once wrote to {path}",
-            "an empty directory",
-            "mount what lies under it; if a new directory is meant, remove /var/lib/lockstep/storage-token",
-            repairable=False,
-        )
-        return
+
+
+def _unwritable(target: Target[StorageSpec], state: StorageState) -> Iterator[Finding]:
+    path, node = target.spec.path, server_node(target.spec, target.cluster)
     if state.mount is not None and "ro" in state.mount.options:
         yield Finding(
             "storage-read-only",
@@ -386,13 +445,7 @@ def _marks(target: Target[StorageSpec], state: StorageState, peers: Peers) -> It
         )
     elif state.mark is None and (head is None or any(_unusable(_of_head(target), head))):
         return  # the head writes its mark first
-    if state.token is None or state.tokens.get(target.node.name) != (state.token,):
-        yield Finding(
-            "storage-token",
-            "this node's token on the storage",
-            "none" if target.node.name not in state.tokens else "another",
-            "it is written there, once this node sees the head's mark",
-        )
+    yield from _token(target, state, "it is written there, once this node sees the head's mark")
     if left := sorted(name for name, _ in strays(target, state)):
         yield Finding(
             "storage-token-left",
@@ -400,6 +453,20 @@ def _marks(target: Target[StorageSpec], state: StorageState, peers: Peers) -> It
             f"one of {', '.join(left)} too",
             "what a removed node left there is removed",
         )
+    yield from _modes(state)
+
+
+def _token(target: Target[StorageSpec], state: StorageState, fix: str) -> Iterator[Finding]:
+    if state.token is None or state.tokens.get(target.node.name) != (state.token,):
+        yield Finding(
+            "storage-token",
+            "this node's token on the storage",
+            "none" if target.node.name not in state.tokens else "another",
+            fix,
+        )
+
+
+def _modes(state: StorageState) -> Iterator[Finding]:
     if state.open:
         yield Finding(
             "storage-modes",

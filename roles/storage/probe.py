@@ -16,6 +16,12 @@ from roles.storage.spec import StorageSpec
 TOKEN_FILE = "/var/lib/lockstep/storage-token"
 """A node's own token, on its own disk; its twin lies on the shared storage under the node's name."""
 
+
+def token_file(spec: StorageSpec) -> str:
+    """Where the node has its token; of storage that is its own, one for each path."""
+    return TOKEN_FILE + (spec.path.replace("/", "-") if spec.kind == "local" else "")
+
+
 TOKEN = re.compile(r"[0-9a-f]{16,64}")
 
 TOUCH_SECONDS = 8
@@ -70,6 +76,7 @@ class StorageState:
     same: the path is the directory of this node that is to be bound there; None where none is.
     entry: one name in the directory; "" where it is empty, or where nothing is to be mounted.
     open: Lockstep's directories there that group or others may write.
+    mark: only looked for on storage that is shared.
     token: this node's own, from its own disk. tokens: node name to the tokens seen on the storage.
     """
 
@@ -136,7 +143,7 @@ if test -n "$mounted"; then ls -A | { if read -r name; then echo "entry $name"; 
 set -- .[l]ockstep .lockstep/[n]odes .lockstep/nodes/* ".lockstep/nodes/$cluster"/*
 if test -d .lockstep; then
   id=
-  if test -e .lockstep/id; then read -r id <.lockstep/id || test -n "$id" || :; fi
+  if test -z "$alone" && test -e .lockstep/id; then read -r id <.lockstep/id || test -n "$id" || :; fi
   for word in "$@"; do case $word in */nodes/*/*.*) echo "seen ${word##*/}" ;; esac; done
   set -- .lockstep
   for word in .lockstep/nodes ".lockstep/nodes/$cluster"; do if test -d "$word"; then set -- "$@" "$word"; fi; done
@@ -152,7 +159,7 @@ echo "writable $writable"
 
 # The kernel's table is read last: touching the path may have mounted it.
 SCRIPT = rf"""
-LC_ALL=C; export LC_ALL path cluster bound mounted
+LC_ALL=C; export LC_ALL path cluster bound mounted alone
 token=
 if test -e "$own"; then read -r token <"$own" || test -n "$token" || :; fi
 echo "token $token"
@@ -186,8 +193,9 @@ def probe(target: Target[StorageSpec]) -> str:
     """Two awks and two or three stats; enters the path, so that an automount happens, in bounded time."""
     mount = wanted(target)
     bound = mount.source if mount and mount.kind == "none" else ""
+    alone = "yes" if target.spec.kind == "local" else ""
     return (
-        f"path={quote(target.spec.path)} own={quote(TOKEN_FILE)} cluster={quote(target.cluster.name)}\n"
+        f"alone={alone} path={quote(target.spec.path)} own={quote(token_file(target.spec))} cluster={quote(target.cluster.name)}\n"
         f"fstab=/etc/fstab bound={quote(bound)} mounted={'yes' if mount else ''}"
         f"{SCRIPT}"
     )

@@ -5,12 +5,13 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from inventory.base import NODE_NAME, AbsolutePath, Spec, Version
+from inventory.base import NODE_NAME, AbsolutePath, Spec, Strict, Version
 from inventory.cluster import Cluster, Node
 from inventory.sentences import nearest
 
@@ -129,11 +130,59 @@ def _version(text: str) -> str:
     return text
 
 
-class StorageSpec(Spec):
-    """A directory that all nodes share, under the same path."""
+SYNCED = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+ON_NODE = re.compile(r"([^/:~]*):(.*)", re.DOTALL)
+"""A directory of a node, as NODE:/PATH."""
 
-    kind: Literal["existing", "nfs"]
-    """existing: mounted already on every node, or exported by it. nfs: mounted by Lockstep."""
+
+def _synced(name: str) -> str:
+    if not SYNCED.fullmatch(name):
+        raise ValueError(
+            f"{name!r} is no name of a directory here: begin with a letter or digit, go on with letters, "
+            "digits and . _ -"
+        )
+    if name == "runs":
+        raise ValueError("'runs' is where jobs keep their run directories: choose another name")
+    return name
+
+
+def _origin(text: str) -> str:
+    found = ON_NODE.fullmatch(text)
+    if not text or re.search(r"[\x00-\x1f]", text):
+        raise ValueError(f"{text!r} is no directory")
+    if found and (not found[2].startswith("/") or found[2].startswith("//")):
+        raise ValueError(f"{text!r} is no directory of a node: write NODE:/PATH")
+    if found and "/../" in f"{found[2]}/":
+        raise ValueError(f"{text!r} leads upwards: write NODE:/PATH without ..")
+    return text
+
+
+class Synced(Strict):
+    """What a directory below the path holds.
+
+    from: a directory of the control machine, or one of a node as NODE:/PATH.
+    """
+
+    source: Annotated[str, AfterValidator(_origin)] = Field(alias="from")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where content comes from. node: its name; None is the control machine. path: as declared there."""
+
+    node: str | None
+    path: str
+
+    def __str__(self) -> str:
+        return f"{self.node}:{self.path}" if self.node else f"{self.path} on this machine"
+
+
+class StorageSpec(Spec):
+    """A directory under the same path on every node: shared by all, or each node's own."""
+
+    kind: Literal["existing", "nfs", "local"]
+    """existing: mounted already on every node, or exported by it. nfs: mounted by Lockstep. local: on each
+    node's own disk, with the same content."""
 
     path: AbsolutePath
     """The directory, the same on every node."""
@@ -164,13 +213,21 @@ class StorageSpec(Spec):
     threads: Annotated[int, Field(ge=1, le=1024)] = 16
     """nfs, with a node as server: threads of its NFS server."""
 
+    sync: dict[Annotated[str, AfterValidator(_synced)], Synced] = Field(default_factory=dict)
+    """local: directories below the path that hold the same on every node, by name."""
+
     def problems(self, cluster: Cluster) -> Iterable[tuple[str, str]]:
         """Directories of the system, keys of another kind, and servers that are none."""
         yield from _system("path", self.path)
-        if self.kind == "existing":
-            for key in type(self).model_fields:
-                if key in self.model_fields_set and key not in EXISTING:
-                    yield key, "belongs to kind: nfs; leave it out, or say kind: nfs"
+        for key in type(self).model_fields:
+            kind = "local" if key == "sync" else "nfs"
+            if key in self.model_fields_set and key not in EVERY and kind != self.kind:
+                yield key, f"belongs to kind: {kind}; leave it out, or say kind: {kind}"
+        if self.kind == "local":
+            for name, one in self.sync.items():
+                for sentence in _wrong_origin(self, cluster, name, origin(one, cluster)):
+                    yield f"sync.{name}.from", sentence
+        if self.kind != "nfs":
             return
         for key, path in (("path", self.path), ("export", self.export)):
             if path is not None and not PLAIN.fullmatch(path):
@@ -223,8 +280,39 @@ class StorageSpec(Spec):
             )
 
 
-EXISTING = ("manage", "kind", "path", "free")
+EVERY = ("manage", "kind", "path", "free")
 """The keys of every kind."""
+
+
+def origin(one: Synced, cluster: Cluster) -> Origin:
+    """Where it comes from; a path of the control machine is made absolute."""
+    if found := ON_NODE.fullmatch(one.source):
+        return Origin(found[1], found[2].rstrip("/") or "/")
+    return Origin(None, str(cluster.at_hand(one.source)))
+
+
+def _wrong_origin(spec: StorageSpec, cluster: Cluster, name: str, source: Origin) -> Iterable[str]:
+    node = next((each for each in cluster.nodes.values() if each.local), None)
+    if source.node is not None:
+        node = cluster.nodes.get(source.node)
+        if node is None:
+            yield f"{source.node!r} is no node of this cluster: name one ({', '.join(cluster.nodes)}), or a directory of this machine"
+            return
+        for _, sentence in _system("", source.path):
+            yield sentence
+    if node is None:
+        return
+    there = PurePosixPath(source.path)
+    for other in spec.sync:
+        place = PurePosixPath(spec.path) / other
+        if other == name and there == place:
+            if source.node is None:
+                yield f"{place} is where {node.name}, which is this machine, has it: say from: {node.name}:{place}"
+        elif there.is_relative_to(place) or place.is_relative_to(there):
+            yield (
+                f"{there} and {place}, which is kept the same on {node.name}, overlap: give a directory apart "
+                f"from it{f', or {place} itself' if other == name else ''}"
+            )
 
 
 def _system(key: str, path: str) -> Iterable[tuple[str, str]]:
@@ -251,13 +339,33 @@ def exported(spec: StorageSpec) -> str:
     return spec.export or spec.path
 
 
-def shared_path(cluster: Cluster) -> str | None:
-    """The directory that all nodes share; None where the cluster file declares none."""
+def storage_path(cluster: Cluster) -> str | None:
+    """The declared directory, which has the same path on every node; None where the cluster file declares none."""
     spec = cluster.section("storage", StorageSpec)
     return spec.path if spec else None
+
+
+def shared_path(cluster: Cluster) -> str | None:
+    """The directory that all nodes share; None where there is none, as with each node's own disk."""
+    spec = cluster.section("storage", StorageSpec)
+    if spec is None or (spec.kind == "local" and len(cluster.nodes) > 1):
+        return None
+    return spec.path
 
 
 def depot(cluster: Cluster) -> str | None:
     """Lockstep's own directory on the shared storage (archives, wheels); None without shared storage."""
     path = shared_path(cluster)
     return f"{path}/.lockstep" if path else None
+
+
+def synced_at(cluster: Cluster, path: str) -> str | None:
+    """The directory kept the same on every node that a path overlaps; None where it is apart from all."""
+    spec = cluster.section("storage", StorageSpec)
+    if spec is None:
+        return None
+    for name in spec.sync:
+        place = PurePosixPath(spec.path) / name
+        if place.is_relative_to(path) or PurePosixPath(path).is_relative_to(place):
+            return str(place)
+    return None
