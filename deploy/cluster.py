@@ -23,6 +23,7 @@ from roles import (
     pins,
     ssh,
     storage,
+    sync,
     system,
     time,
     trainer,
@@ -49,5 +50,6 @@ converge(pins.role)
 converge(nccl.role)
 converge(ops.role)
 converge(fetch.role)
+converge(sync.role)
 converge(trainer.role)
 converge(job.role)

@@ -76,11 +76,11 @@ def named(argument: str | None, cluster: Cluster) -> Named:
 
 def started(name: str, cluster: Cluster) -> Named:
     """The job of that name. Raises InventoryProblem when the cluster has no place for jobs."""
-    from roles.job.spec import NO_PLACE, JobSpec, runs_path
+    from roles.job.spec import JobSpec, no_place, runs_path
 
     runs = runs_path(cluster.section("runs", JobSpec) or JobSpec(), cluster)
     if runs is None:
-        raise _problem(cluster.path, NO_PLACE)
+        raise _problem(cluster.path, no_place(cluster))
     return Named(name, f"{runs}/{name}")
 
 

@@ -33,8 +33,19 @@ from roles.core import session
 from roles.core.chain import Chain, upload
 from roles.core.here import run_here
 from roles.core.look import AnyRole, Looks, target_of
+from roles.core.mirror import Spread, mirror
 from roles.core.role import PROOF_SECONDS, Finding, Target, Unreadable, required
-from roles.core.steps import Download, Here, Meet, NewLogin, Shell, Step, Upload, UploadFolder
+from roles.core.steps import (
+    Download,
+    Here,
+    Meet,
+    Mirror,
+    NewLogin,
+    Shell,
+    Step,
+    Upload,
+    UploadFolder,
+)
 from roles.core.upload import download, upload_folder
 
 ROUNDS = 2
@@ -59,6 +70,7 @@ class Run:
         self._met: dict[tuple[str, str], set[str]] = {}
         self._obstacles: dict[str, list[str]] = {}
         self._chains: dict[Upload, Chain] = {}
+        self._spreads: dict[Mirror, Spread] = {}
         self._judging = RLock()
 
     @classmethod
@@ -292,6 +304,14 @@ class Run:
         fresh = Chain(step, self.cluster.nodes)
         return self._chains.setdefault(step, fresh) if step.relayed else fresh
 
+    def spread(self, step: Mirror, state: State) -> Spread:
+        """The nodes that get this directory in this run."""
+
+        def present(name: str) -> bool:
+            return absence(state.inventory.get_host(name)) is None
+
+        return self._spreads.setdefault(step, Spread(step, self.cluster.nodes, present))
+
     def done(self, role: AnyRole, node: Host) -> None:
         """This role's operation has ended on the node, well or not."""
         self._done.add((role.name, node.name))
@@ -370,6 +390,8 @@ def _carry_out(state: State, host: Host, step: Step) -> bool:
                 download(host, step)
             case UploadFolder():
                 upload_folder(host, step)
+            case Mirror():
+                mirror(host, step, Run.of(state).spread(step, state))
             case Here():
                 run_here(step.command, partial(session.say, host))
             case NewLogin():

@@ -28,6 +28,7 @@ from roles import (
     pins,
     ssh,
     storage,
+    sync,
     system,
     time,
     trainer,
@@ -55,6 +56,7 @@ ROLES: tuple[AnyRole, ...] = (
     nccl.role,
     ops.role,
     fetch.role,
+    sync.role,
     trainer.role,
     job.role,
 )

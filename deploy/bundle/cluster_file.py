@@ -11,6 +11,7 @@ import yaml
 
 from deploy.bundle.models import place
 from roles.environment.spec import normal_name
+from roles.storage.spec import ON_NODE
 
 HEADER = (
     "# Written by 'lockstep bundle' from {name}; the next one writes it again. Paths of the bundle count from\n"
@@ -49,6 +50,9 @@ def rewritten(
             one["wheels"] = f"wheels/{name}"
         if one.get("editable"):
             one["editable"] = {each: packed_source(name, each) for each in one["editable"]}
+    for one in ((declared.get("storage") or {}).get("sync") or {}).values():
+        if not ON_NODE.fullmatch(one["from"]) and not one["from"].startswith(("/", "~")):
+            one["from"] = str(folder / one["from"])
     for name, there in fetched.items():
         declared["fetch"][name] = {"directory": place(name), "path": there}
     if job:

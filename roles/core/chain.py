@@ -71,28 +71,34 @@ class Chain:
 
     def note(self, member: Member, at: int) -> None:
         """The node has so many bytes; says how far the last one is, now and then."""
-        now, interval = time.monotonic(), 3 if sys.stderr.isatty() else 10
+        now = time.monotonic()
         member.at = at
         last = min((each for each in self.members if not each.lost), key=lambda each: each.at)
         if not self._began:
             self._began = self._said = now
             self._first = last.at
-        if now - self._said < interval:
+        if now - self._said < interval():
             return
         self._said = now
-        session.say(last.node, progress(self.step, last.at, self._first, now - self._began))
+        step, seconds = self.step, now - self._began
+        session.say(last.node, progress(step.source.name, step.size, last.at, self._first, seconds))
 
 
-def progress(step: Upload, at: int, first: int, seconds: float) -> str:
-    """One line: how much of the file is there, how fast it comes, how long the rest takes.
+def interval() -> int:
+    """Seconds from one line about progress to the next."""
+    return 3 if sys.stderr.isatty() else 10
 
-    at, first: bytes now and when the clock began to run. seconds: since then.
+
+def progress(name: str, size: int, at: int, first: int, seconds: float) -> str:
+    """One line: how much of a file, or of many, is there, how fast it comes, how long the rest takes.
+
+    size, at, first: bytes in all, now, and when the clock began to run. seconds: since then.
     """
-    size = max(step.size, 1)
+    size = max(size, 1)
     speed = max(at - first, 0) / seconds
     left = f"{round((size - at) / speed)} s left" if speed else "standing still"
     return (
-        f"{step.source.name}: {at // MB} of {size // MB} MB ({100 * at // size} %), "
+        f"{name}: {at // MB} of {size // MB} MB ({100 * at // size} %), "
         f"{speed / MB:.1f} MB/s, {left}"
     )
 
@@ -185,7 +191,7 @@ def _take(step: Upload, chain: Chain, member: Member, giver: Member) -> None:
     """Take the rest from one node, and see now and then that this one still answers."""
     node = member.node
     with relay.opened(step, giver.node, node, chain.places, _begin(node, step)) as script:
-        taking = gevent.spawn(_run, node, script, step.seconds)
+        taking = gevent.spawn(why_failed, node, script, step.seconds)
         try:
             while taking.ready() is False:
                 taking.join(POLL_SECONDS)
@@ -199,7 +205,7 @@ def _take(step: Upload, chain: Chain, member: Member, giver: Member) -> None:
             raise relay.Refused(taking.value)
 
 
-def _run(node: Host, script: str, seconds: int) -> str | None:
+def why_failed(node: Host, script: str, seconds: int) -> str | None:
     """Run the script; why it failed, or None. (gevent prints what a greenlet raises.)"""
     try:
         session.run(node, script, seconds)

@@ -1,7 +1,7 @@
-"""Lets one node take a file from another over SSH, with a key that is good for this once.
+"""Lets one node take a file, or files, from another over SSH, with a key that is good for this once.
 
 The taker makes the key; its private half never leaves it and lies in memory (``/run``). The giver lets it
-in as the user as whom the control machine comes, from the taker's address alone, to read this one file, and
+in as the user as whom the control machine comes, from the taker's address alone, to read this and nothing else, and
 takes its line out of authorized_keys when the key is first used. A key that is never used because the run
 was killed expires within minutes; the next look finds its line when it has, and at once when the giver was
 restarted. No port is opened, and no node trusts another longer than that.
@@ -13,6 +13,7 @@ import base64
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 
 from pyinfra.api.host import Host
 
@@ -129,13 +130,14 @@ def sweep(user: str, taker: str) -> str:
     )
 
 
-def _grant(step: Upload, mark: str, taker: str, key: str) -> str:
-    """Shell for the giver: the key may read this file once, from that address; prints the host's keys."""
-    script = (
-        f"cd\n(\n{drop(f'echo {mark}')}) </dev/null >/dev/null 2>&1 &\n"
-        f"whole={quote(step.destination)} part={quote(str(step.part))} size={step.size} stale={STALE_TENTHS}"
-        f"{GIVE}"
-    )
+def file_gift(step: Upload) -> str:
+    """Shell for the giver: this one file, from the byte on that is asked for."""
+    return f"whole={quote(step.destination)} part={quote(str(step.part))} size={step.size} stale={STALE_TENTHS}{GIVE}"
+
+
+def _grant(gift: str, mark: str, taker: str, key: str) -> str:
+    """Shell for the giver: the key may have this gift once, from that address; prints the host's keys."""
+    script = f"cd\n(\n{drop(f'echo {mark}')}) </dev/null >/dev/null 2>&1 &\n{gift}"
     encoded = base64.b64encode(script.encode()).decode()
     line = f'restrict,from=\\"$taker\\"$expiry,command=\\"exec sh {FOLDER}/{mark}\\" {key} {mark}'
     return (
@@ -155,10 +157,18 @@ def _grant(step: Upload, mark: str, taker: str, key: str) -> str:
     )
 
 
-def _take(step: Upload, mark: str, giver: Node, host_keys: list[str]) -> str:
-    """Shell for the taker: what its part lacks, written behind what is there."""
+@dataclass(frozen=True)
+class Way:
+    """How the taker comes to the giver's gift. opening: shell that must come first. ssh: the command, as words of
+    the shell; login: whom it is to enter."""
+
+    opening: str
+    ssh: str
+    login: str
+
+
+def _way(mark: str, giver: Node, host_keys: list[str]) -> Way:
     known = "".join(f"{giver.name} {key}\n" for key in host_keys)
-    part = quote(str(step.part))
     options = " ".join(
         f"-o {option}"
         for option in (
@@ -170,16 +180,24 @@ def _take(step: Upload, mark: str, giver: Node, host_keys: list[str]) -> str:
             f"HostKeyAlias={giver.name}",
         )
     )
-    return (
+    opening = (
         f"folder=/run/{mark}\ntrap 'rm -rf \"$folder\"' EXIT\ntrap 'exit 1' HUP INT TERM\n"
         'exec 8<"$folder"\nflock -n 8 || exit 1\n'  # as long as it is used, nobody sweeps it
         f'printf %s {base64.b64encode(known.encode()).decode()} | base64 -d >"$folder/known" || exit 1\n'
-        f"at=$(stat -c %s {part} 2>/dev/null) || at=0\n"
+    )
+    ssh = f"ssh -F /dev/null -T -i $folder/key {options} -p {giver.ssh.port}"
+    return Way(opening, ssh, f"{giver.ssh.user}@{quote(giver.address)}")
+
+
+def _take(step: Upload, way: Way) -> str:
+    """Shell for the taker: what its part lacks, written behind what is there."""
+    part = quote(str(step.part))
+    return (
+        f"{way.opening}at=$(stat -c %s {part} 2>/dev/null) || at=0\n"
         # What has reached the disk on the way need not be waited for at the end.
         f"while sleep 2 && kill -0 $$; do sync {part}; done </dev/null >/dev/null 2>&1 &\n"
         # Two that write the same bytes to the same places, as after a killed run, do no harm.
-        f'ssh -F /dev/null -T -i "$folder/key" {options} -p {giver.ssh.port} {giver.ssh.user}@{quote(giver.address)} "$at" '
-        '2>"$folder/said" </dev/null | '
+        f'{way.ssh} {way.login} "$at" 2>"$folder/said" </dev/null | '
         f'dd of={part} bs=64k oflag=seek_bytes seek="$at" conv=notrunc status=none || exit 1\n'
         f'if test "$(stat -c %s {part})" != {step.size}; then\n'
         '  tail -n 1 "$folder/said" | grep . >&2 || echo "the connection was lost" >&2; exit 1\nfi\n'
@@ -211,6 +229,18 @@ def opened(
     before: shell that the taker runs first.
     Raises Refused when the giver cannot be asked or the taker makes no key, NodeFailed when the taker is dead.
     """
+    with entered(file_gift(step), giver, taker, places, before) as way:
+        yield _take(step, way)
+
+
+@contextmanager
+def entered(
+    gift: str, giver: Host, taker: Host, places: Mapping[str, Node], before: str
+) -> Iterator[Way]:
+    """The taker's way to a gift, which is shell that the giver runs as the user as whom the control machine comes.
+
+    Else as ``opened``.
+    """
     mark = f"{MARK}{secrets.token_hex(8)}"
     made, address = session.run(taker, _make(mark, before), SECONDS), places[taker.name].address
     try:
@@ -218,12 +248,12 @@ def opened(
             raise Refused(f"no ssh on {taker.name} that makes a key")
         try:
             answer = session.run(
-                giver, _grant(step, mark, address, made.stdout.strip()), SECONDS, root=False
+                giver, _grant(gift, mark, address, made.stdout.strip()), SECONDS, root=False
             ).stdout
         except session.NodeFailed as error:
             raise Refused(str(error)) from None
         host_keys = [" ".join(line.split()[:2]) for line in answer.splitlines() if line.strip()]
-        yield _take(step, mark, places[giver.name], host_keys)
+        yield _way(mark, places[giver.name], host_keys)
     except BaseException:
         with suppress(session.NodeFailed):
             session.run(

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import base64
 import shlex
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
@@ -88,6 +88,39 @@ class UploadFolder:
 
 
 @dataclass(frozen=True)
+class Mirror:
+    """Have the files of a directory of the control machine, or of a node, in a directory of this node.
+
+    Nodes that carry out the same step at the same time give it on: who has it all gives to one after the
+    other. What broke off is continued. Paths are of nodes, but for ``manifest`` and a control machine's
+    ``directory``.
+
+    name: in words. giver: the node that has ``directory``; None is the control machine.
+    place: where the files lie on every node that has them. landing: where they arrive, beside it.
+    read: shell that makes the manifest there, as ``source`` on the giver. manifest: its copy here.
+    wanted: where each node gets that manifest.
+    survey: shell for the node that writes what it lacks to ``paths`` (each ended by a NUL), and prints
+    how many bytes and files that is. settle: shell for the node that checks what arrived and puts it in place;
+    it prints ``damaged NUMBER PATH``, or ``aside NUMBER FOLDER PATH`` for what it moved away, or nothing.
+    whole: gives the names of nodes that have it all already.
+    """
+
+    name: str
+    giver: str | None
+    directory: str
+    place: str
+    landing: str
+    manifest: Path
+    source: str
+    wanted: str
+    paths: str
+    read: str
+    survey: str
+    settle: str
+    whole: Callable[[], Iterable[str]] = field(default=tuple, compare=False)
+
+
+@dataclass(frozen=True)
 class NewLogin:
     """Log in again, so that what follows sees what a fresh login sees (limits, groups, PATH)."""
 
@@ -115,7 +148,7 @@ class Here:
     command: tuple[str, ...]
 
 
-Step = Shell | Upload | UploadFolder | Download | Here | NewLogin | Meet
+Step = Shell | Upload | UploadFolder | Download | Mirror | Here | NewLogin | Meet
 
 Quoted = Callable[[str], str]
 quote: Quoted = shlex.quote

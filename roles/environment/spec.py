@@ -12,7 +12,7 @@ from pydantic import AfterValidator, ConfigDict, model_validator
 
 from inventory.base import NODE_NAME, AbsolutePath, ControlPath, Spec, Strict, Version
 from inventory.cluster import Cluster
-from roles.storage.spec import shared_path
+from roles.storage.spec import shared_path, synced_at
 
 HOME_OF_ENVIRONMENTS = "/opt/lockstep/envs"
 SYSTEM_DIRECTORIES = re.compile(
@@ -271,6 +271,11 @@ class Environments(Spec):
                     f"{one.name}.prefix",
                     f"{one.prefix} lies on the shared storage {shared}, where every node would unpack it: "
                     "choose a path on the nodes' own disks",
+                )
+            if synced := synced_at(cluster, one.prefix):
+                yield (
+                    f"{one.name}.prefix",
+                    f"{one.prefix} overlaps {synced}, which storage.sync keeps the same: choose another path",
                 )
             if one.spec.distribute == "shared" and not shared:
                 yield (

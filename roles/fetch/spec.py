@@ -14,7 +14,7 @@ from inventory.base import NODE_NAME, AbsolutePath, ControlPath, Spec, Strict, V
 from inventory.cluster import Cluster
 from roles.environment.spec import Declared as Environment
 from roles.environment.spec import Environments
-from roles.storage.spec import depot, shared_path
+from roles.storage.spec import storage_path, synced_at
 
 HUB = "https://huggingface.co"
 REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
@@ -187,25 +187,31 @@ class FetchSpec(Spec):
 
     def each(self, cluster: Cluster) -> list[Declared]:
         """All of them, in the order of the file."""
-        shared = shared_path(cluster) or ""
+        storage = storage_path(cluster) or ""
         return [
-            Declared(name, one, one.path or f"{shared}/{'models' if one.model else 'data'}/{name}")
+            Declared(name, one, one.path or f"{storage}/{'models' if one.model else 'data'}/{name}")
             for name, one in self.__pydantic_extra__.items()
         ]
 
     def problems(self, cluster: Cluster) -> Iterable[tuple[str, str]]:
-        """Each lies on the shared storage, in a directory of its own."""
-        shared, lockstep = shared_path(cluster), depot(cluster)
-        if shared is None or lockstep is None:
-            yield "", "what is fetched lies on the storage that all nodes share: declare storage"
+        """Each lies on the storage, in a directory of its own."""
+        storage = storage_path(cluster)
+        if storage is None:
+            yield "", "what is fetched lies on the nodes' storage: declare storage"
             return
+        lockstep = f"{storage}/.lockstep"
         before: list[Declared] = []
         for one in self.each(cluster):
             place = PurePosixPath(one.path)
-            if not place.is_relative_to(shared) or one.path == shared:
-                yield f"{one.name}.path", f"{one.path} is no directory below the storage {shared}"
+            if not place.is_relative_to(storage) or one.path == storage:
+                yield f"{one.name}.path", f"{one.path} is no directory below the storage {storage}"
             elif place.is_relative_to(lockstep):
                 yield f"{one.name}.path", f"{lockstep} is Lockstep's own: choose another directory"
+            elif synced := synced_at(cluster, one.path):
+                yield (
+                    f"{one.name}.path",
+                    f"{one.path} overlaps {synced}, which storage.sync brings there",
+                )
             for other in before:
                 if place.is_relative_to(other.path) or PurePosixPath(other.path).is_relative_to(
                     place

@@ -13,7 +13,7 @@ from roles.job.decide import Decision, decide
 from roles.job.declared import environment_prefix, job_of, members, resolved, run_directory
 from roles.job.plan import Here, Launch, Plan, compose, free_port
 from roles.job.probe import JobState
-from roles.job.spec import NO_PLACE, JobSpec
+from roles.job.spec import JobSpec, is_own, no_place
 from roles.limits.spec import LimitsSpec, unit_limits
 from roles.network.interfaces import carrying
 from roles.ops.place import variables
@@ -58,8 +58,11 @@ def _findings(target: Target[JobSpec], state: JobState, peers: Peers) -> Iterato
     if job is None or target.node.name not in members(target.cluster):
         return
     run = run_directory(target)
-    if run is None:
-        yield _for_user("job-no-place", "a place for run directories", "none", NO_PLACE)
+    if run is None or (len(members(target.cluster)) > 1 and is_own(run, target.cluster)):
+        there = "none" if run is None else f"{run}, which is each node's own"
+        yield _for_user(
+            "job-no-place", "a place for run directories", there, no_place(target.cluster)
+        )
         return
     seen = views(target, state, peers)
     decision = decide(job.name, seen)

@@ -34,7 +34,9 @@ def test_a_key_that_nobody_could_take_back_goes_with_the_run_after_its_giver_was
     assert chain.pyinfra(deployed, "-y").returncode == 0
     mark = f"{relay.MARK}0123456789abcdef"
     step = Upload(chain.directory / "key.tar", f"{DEPOT}/{sha256}.tar", sha256)
-    chain.shell(node, relay._grant(step, mark, "10.77.0.99", "ssh-ed25519 AAAAkey"))
+    chain.shell(
+        node, relay._grant(relay.file_gift(step), mark, "10.77.0.99", "ssh-ed25519 AAAAkey")
+    )
     assert chain.pyinfra(deployed, "-y").returncode == 0
     assert mark in left(chain, node)  # it may be another run's
     assert chain.lockstep("lab", "cut", node).returncode == 0

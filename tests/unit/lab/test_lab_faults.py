@@ -17,7 +17,7 @@ from deploy.lab.processes import Process
 from deploy.lab.state import ROOT, Paths, Record
 from roles import registry
 from roles.core.role import required
-from tests.lab.cycle import cases, plan, sample, shares
+from tests.lab.cycle import cases, plan, rehearsed, sample, shares
 from tests.lab.site import MIRRORED, OS, nodes_of
 
 EITHER = {"id": "pdsh-owner", "break": "true"}
@@ -189,23 +189,19 @@ def test_the_loop_tries_every_fault_once_on_each_family_that_has_a_node_for_it()
     every = cases(nodes_of("mixed"))
     tried = [case for row in plan(every) for case in row]
     assert len(tried) == len(every) == len({(case.name, case.os) for case in every})
-    for name, fault in faults.read().items():
-        if fault.node == "any" and "container" in fault.kind:
+    for name, fault in rehearsed().items():
+        if fault.node == "any":
             assert {case.os for case in every if case.name == name} == set(fault.os)
 
 
 def test_the_two_pairs_try_every_fault_once_on_every_family_that_it_is_for() -> None:
     tried = [(case.name, case.os) for share in shares() for row in plan(share) for case in row]
     assert sorted(tried) == sorted(
-        (name, os)
-        for name, fault in faults.read().items()
-        if "container" in fault.kind
-        for os in fault.os
+        (name, os) for name, fault in rehearsed().items() for os in fault.os
     )
     for share, pair in zip(shares(), (OS, MIRRORED, OS), strict=True):
         assert share and all(nodes_of(pair)[case.node] == case.os for case in share)
-        known = faults.read()
-        assert all(known[case.name].fits(int(case.node.removeprefix("node"))) for case in share)
+        assert all(case.fault.fits(int(case.node.removeprefix("node"))) for case in share)
 
 
 def test_what_is_tried_together_is_at_most_three_faults_a_node_of_different_roles() -> None:

@@ -152,13 +152,10 @@ def test_a_source_that_is_gone_is_one_sentence(transfers: Transfers) -> None:
         transfers.upload(1)
 
 
-def test_progress_has_bytes_speed_and_what_is_left(tmp_path: Path) -> None:
-    (tmp_path / "env.tar").touch()
-    step = Upload(tmp_path / "env.tar", "/place/file", "ab" * 32)
-    step.__dict__["size"] = 200_000_000
-    line = progress(step, 110_000_000, 10_000_000, 10)
+def test_progress_has_bytes_speed_and_what_is_left() -> None:
+    line = progress("env.tar", 200_000_000, 110_000_000, 10_000_000, 10)
     assert line == "env.tar: 110 of 200 MB (55 %), 10.0 MB/s, 9 s left"
-    assert progress(step, 5, 5, 10).endswith("0.0 MB/s, standing still")
+    assert progress("env.tar", 200_000_000, 5, 5, 10).endswith("0.0 MB/s, standing still")
 
 
 def test_the_last_node_of_a_chain_is_told_of_now_and_then(

@@ -69,7 +69,7 @@ def lines(home: Path) -> list[str]:
 
 
 def grant(step: Upload) -> None:
-    sh(relay._grant(step, MARK, "10.0.0.2", "ssh-ed25519 AAAAkey"))
+    sh(relay._grant(relay.file_gift(step), MARK, "10.0.0.2", "ssh-ed25519 AAAAkey"))
 
 
 def give(home: Path, asked: str) -> subprocess.Popen[bytes]:
@@ -281,7 +281,7 @@ def test_the_taker_goes_on_where_its_part_ends_and_leaves_no_key(
     (tmp_path / "tools/ssh").write_text(
         f'#!/bin/sh\nfor word; do at=$word; done\ntail -c "+$((at + 1))" {step.source}\n'
     )
-    script = relay._take(step, MARK, GIVER, ["ssh-ed25519 AAAAhost"])
+    script = relay._take(step, relay._way(MARK, GIVER, ["ssh-ed25519 AAAAhost"]))
     sh(script.replace(f"/run/{MARK}", str(folder)))
     assert Path(step.part).read_bytes() == data and not folder.exists()
 
@@ -289,7 +289,9 @@ def test_the_taker_goes_on_where_its_part_ends_and_leaves_no_key(
 def test_the_taker_says_what_the_giver_said(home: Path, step: Upload, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "tools/ssh").write_text("#!/bin/sh\necho 'Permission denied (publickey).' >&2\n")
-    script = relay._take(step, MARK, GIVER, []).replace(f"/run/{MARK}", f"{tmp_path}/run")
+    script = relay._take(step, relay._way(MARK, GIVER, [])).replace(
+        f"/run/{MARK}", f"{tmp_path}/run"
+    )
     done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and done.stderr == "Permission denied (publickey).\n"
 
@@ -333,7 +335,7 @@ def test_the_next_transfer_sweeps_what_a_killed_one_left_on_the_taker_but_no_liv
         f"#!/bin/sh\ntouch {go}\nwhile test -e {go}; do sleep 0.05; done\ncat {step.source}\n"
     )
     taking = subprocess.Popen(
-        ["sh", "-c", relay._take(step, names[2], GIVER, []).replace("/run/", f"{run}/")]
+        ["sh", "-c", relay._take(step, relay._way(names[2], GIVER, [])).replace("/run/", f"{run}/")]
     )
     try:
         assert soon(go.exists)

@@ -1,0 +1,328 @@
+"""Brings the files of a directory to nodes that lack some of them: checked by their hashes, continued where it broke off.
+
+rsync carries them. The control machine gives to one node at a time, over its own ssh, and only where no node can
+give; each node that has them all gives to one other after the other (``relay``), so that they spread as a tree.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shlex
+import time
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import PurePosixPath
+
+import gevent
+from gevent.lock import RLock
+from pyinfra.api.host import Host
+
+from inventory.cluster import Node
+from roles.core import relay, session
+from roles.core.chain import (
+    MOST_GIVERS,
+    POLL_SECONDS,
+    SILENT_SECONDS,
+    Chain,
+    interval,
+    progress,
+    upload,
+    why_failed,
+)
+from roles.core.here import run_here
+from roles.core.steps import UNATTENDED_SSH, Download, Mirror, Upload, quote
+from roles.core.upload import download, landing
+
+ATTEMPTS = 2
+"""Files that arrive with another content are asked for once more."""
+SECONDS = 48 * 3600
+"""Time limit of what reads or moves a whole directory."""
+PARTIAL = ".lockstep-partial"
+"""A folder beside files that arrive: what came of one that broke off."""
+OPTIONS = (
+    *(
+        "rsync",
+        "-tp",
+        "--chmod=Du+rwx,Fu+rw",
+        "--from0",
+        f"--partial-dir={PARTIAL}",
+        "--timeout=60",
+    ),
+    *("--info=progress2", "--no-human-readable", "--outbuf=N"),
+)
+
+SEND = r"""
+said=$(mktemp) || exit 1
+trap 'kill "$pid" 2>/dev/null; rm -f "$said"' EXIT
+trap 'exit 1' HUP INT TERM
+"$@" 2>"$said" & pid=$!
+wait "$pid" && exit 0
+{ grep -v '^rsync error' "$said"; cat "$said"; } | grep . | head -n 1 >&2
+exit 1
+"""
+"""Runs rsync on the control machine; ends it where this is ended, and says in one line why it failed."""
+
+GIVE = r"""
+set -f
+set -- $SSH_ORIGINAL_COMMAND
+no() { echo 'it wants something else than these files' >&2; exit 1; }
+test "$1 $2 $3" = 'rsync --server --sender' || no
+shift 3; options=
+while test $# -gt 2; do
+  case $1 in
+    --files-from=-|--from0|--timeout=60) ;;
+    --*) no ;;
+    -*) case ${1%%e.*} in -|*[!tpRvn-]*) no ;; esac
+      case $1 in *[!A-Za-z.-]*) no ;; esac ;;
+    *) no ;;
+  esac
+  options="$options $1"; shift
+done
+test "$*" = '. .' || no
+exec $root sh -c 'cd "$0" && exec rsync --server --sender "$@" . .' "$tree" $options
+"""
+"""What a giver runs for the taker: rsync, to read files of this one directory. Variables: root, tree."""
+
+
+class Spread:
+    """The nodes that get one directory now, and who can give it.
+
+    places: every node of the cluster, by name, as its peers reach it. present: whether a node takes part.
+    """
+
+    def __init__(
+        self, step: Mirror, places: Mapping[str, Node], present: Callable[[str], bool]
+    ) -> None:
+        self.step, self.places, self._present = step, places, present
+        self._reading, self._sha256 = RLock(), ""
+        self._busy: set[str | None] = set()
+        self._coming: set[str] = set()
+
+    @cached_property
+    def _whole(self) -> list[str]:
+        giver = [self.step.giver] if self.step.giver else []
+        return [*giver, *(name for name in self.step.whole() if self._present(name))]
+
+    def place(self, name: str) -> str:
+        """Where that node has the files."""
+        return self.step.directory if name == self.step.giver else self.step.place
+
+    def manifest(self, node: Host) -> str:
+        """The SHA-256 of the manifest, which is made once. Raises NodeFailed."""
+        step = self.step
+        with self._reading:
+            if self._sha256:
+                return self._sha256
+            if step.giver is None:
+                run_here(("sh", "-ec", step.read), lambda line: session.say(node, line))
+            else:
+                if not self._present(step.giver):
+                    raise session.NodeFailed(
+                        f"{step.name} comes from {step.giver}, which takes no part in this run, or failed"
+                    )
+                giver = node.state.inventory.get_host(step.giver)
+                session.run(giver, f"set -e\n{step.read}", SECONDS, show=True)
+                download(giver, Download(step.source, step.manifest))
+            self._sha256 = hashlib.sha256(step.manifest.read_bytes()).hexdigest()
+            return self._sha256
+
+    def claim(self, name: str, refused: set[str | None]) -> str | None:
+        """The node that gives now, or None for the control machine; waits for one that is busy, or gets it all.
+
+        A node nearest to the origin comes first. Raises NodeFailed where nobody is left.
+        """
+        while True:
+            ready = [each for each in self._whole if each not in refused and each != name]
+            ready = ready if len(refused - {None}) < MOST_GIVERS else []
+            free = next((each for each in ready if each not in self._busy), None)
+            here = self.step.giver is None and None not in refused
+            if free is not None or (here and not ready and not self._coming - {name}):
+                self._busy.add(free)
+                self._coming.add(name)
+                return free
+            if not ready and not here:
+                raise session.NodeFailed(
+                    f"nobody can give {self.step.name} to this node: see above"
+                )
+            gevent.sleep(0.1)
+
+    def release(self, giver: str | None) -> None:
+        """It gives to nobody now."""
+        self._busy.discard(giver)
+
+    def over(self, name: str, whole: bool) -> None:
+        """That node waits for nothing more; whole: it has it all, and can give it."""
+        self._coming.discard(name)
+        if whole and name not in self._whole:
+            self._whole.append(name)
+
+
+def mirror(node: Host, step: Mirror, spread: Spread) -> None:
+    """Carry a Mirror out. Raises NodeFailed; the next run goes on from what arrived until then."""
+    sha256 = spread.manifest(node)
+    if node.name == step.giver and step.directory == step.place:
+        return
+    manifest = Upload(step.manifest, step.wanted, sha256)
+    upload(node, manifest, Chain(manifest, spread.places))
+    whole = False
+    try:
+        whole = any(_tried(node, step, spread) for _ in range(ATTEMPTS))
+    finally:
+        spread.over(node.name, whole)
+    if not whole:
+        raise session.NodeFailed(
+            f"files of {step.name} arrived with another content than they had when they were read: converge "
+            "again when nothing changes them"
+        )
+
+
+def _tried(node: Host, step: Mirror, spread: Spread) -> bool:
+    """Bring what the node lacks, and put it in place; False where the content of some files was wrong."""
+    survey = f"set -e\n{landing(node, PurePosixPath(step.landing))}\n{step.survey}"
+    size, files = session.run(node, survey, SECONDS).stdout.split()
+    if int(files):
+        _bring(node, step, spread, int(size))
+    said = session.run(node, f"set -e\n{step.settle}", SECONDS).stdout.split(" ", 2)
+    match said:
+        case ["damaged", number, path]:
+            session.say(
+                node, f"{step.name}: {number} files arrived damaged, such as {path}", "yellow"
+            )
+            return False
+        case ["aside", number, where]:
+            folder, _, path = where.partition(" ")
+            sentence = (
+                f"{number} files that were not brought there, such as {path}, lie in {folder} now"
+            )
+            session.say(node, f"{step.name}: {sentence}", "yellow")
+    return True
+
+
+def _bring(node: Host, step: Mirror, spread: Spread, size: int) -> None:
+    """Have the lacking files arrive, from whoever can give them."""
+    told = _Progress(node, step.name, size)
+    if node.name == step.giver:
+        command = [*OPTIONS, f"--files-from={step.paths}", f"{step.directory}/"]
+        _taken(node, step, told, f"{shlex.join([*command, f'{step.landing}/files/'])}")
+        return
+    refused: set[str | None] = set()
+    while True:
+        giver = spread.claim(node.name, refused)
+        try:
+            if giver is None:
+                _from_here(node, step, told)
+            else:
+                _from_node(node, step, spread, giver, told)
+            return
+        except relay.Refused as error:
+            refused.add(giver)
+            session.say(
+                node,
+                f"{giver or 'this machine'} gives no more of {step.name}, so it comes from elsewhere: {error}",
+                "yellow",
+            )
+        finally:
+            spread.release(giver)
+
+
+def _from_here(node: Host, step: Mirror, told: _Progress) -> None:
+    """Send it from the control machine. Raises Refused, or NodeFailed where the node is dead."""
+    remote = getattr(node.connector, "client", None) is not None
+    there = f"{step.landing}/files/"
+    command = [*OPTIONS, f"--files-from={':' if remote else ''}{step.paths}"]
+    if remote:
+        command += ["-s", "-e", _ssh(node)]
+        there = f"{node.data.ssh_user}@{bracketed(str(node.data.ssh_hostname))}:{there}"
+    try:
+        run_here(("sh", "-c", SEND, "sh", *command, f"{step.directory}/", there), told.line)
+    except session.NodeFailed as error:
+        session.run(node, "true", SILENT_SECONDS)
+        raise relay.Refused(str(error)) from None
+
+
+def _ssh(node: Host) -> str:
+    """The command by which the control machine enters a node, as rsync parts it: as pyinfra enters it."""
+    data = node.data
+    options = [
+        *UNATTENDED_SSH,
+        f'UserKnownHostsFile="{data.ssh_known_hosts_file}"',
+        "StrictHostKeyChecking=accept-new",
+    ]
+    words = ["ssh", "-T", "-p", str(data.ssh_port)]
+    words += [word for option in options for word in ("-o", option)]
+    if key := data.get("ssh_key"):
+        words += ["-i", str(key)]
+    return shlex.join(words)
+
+
+def bracketed(address: str) -> str:
+    """An address as rsync takes it before a colon."""
+    return f"[{address}]" if ":" in address else address
+
+
+def _from_node(node: Host, step: Mirror, spread: Spread, giver: str, told: _Progress) -> None:
+    """Have the node take it from another one. Raises Refused, or NodeFailed where the taker is dead."""
+    ssh = spread.places[giver].ssh
+    root = (
+        "sudo -n" if ssh.sudo is True else ""
+    )  # with a password it reads what the login user may read
+    gift = f"root={quote(root)} tree={quote(spread.place(giver))}{GIVE}"
+    host = node.state.inventory.get_host(giver)
+    with relay.entered(gift, host, node, spread.places, "true") as way:
+        user, _, address = way.login.partition("@")
+        command = shlex.join([*OPTIONS, f"--files-from={step.paths}"])
+        remote = f"{user}@{bracketed(address)}:."
+        _taken(
+            node,
+            step,
+            told,
+            f'{command} -e "{way.ssh}" {remote} {quote(f"{step.landing}/files/")}',
+            way.opening,
+        )
+
+
+def _taken(node: Host, step: Mirror, told: _Progress, command: str, opening: str = "") -> None:
+    """Run rsync on the node, and see now and then how far it is and that the node still answers.
+
+    Raises Refused, or NodeFailed where the node is dead.
+    """
+    said = quote(f"{step.landing}/said")
+    script = (
+        f"{opening}cd /\n{command} >{said} 2>{said}.err && exit 0\n"
+        f"{{ grep -v '^rsync error' {said}.err; cat {said}.err; }} | grep . | head -n 1 >&2\nexit 1"
+    )
+    taking = gevent.spawn(why_failed, node, script, SECONDS)
+    try:
+        while taking.ready() is False:
+            taking.join(POLL_SECONDS)
+            if not taking.ready():
+                last = f"tail -c 200 {said} 2>/dev/null | tr '\\r' '\\n' | tail -n 1"
+                told.line(session.run(node, last, SILENT_SECONDS).stdout)
+    finally:
+        taking.kill()
+    if taking.value is not None:
+        session.run(node, "true", SILENT_SECONDS)  # one that died says nothing about the giver
+        raise relay.Refused(taking.value)
+
+
+class _Progress:
+    """Says now and then how far a node is, from the lines that rsync writes about all files (progress2)."""
+
+    def __init__(self, node: Host, name: str, size: int) -> None:
+        self._node, self._name, self._size = node, name, size
+        self._began = self._said = time.monotonic()
+        self._first: int | None = None
+
+    def line(self, text: str) -> None:
+        """One such line; its first word is the number of bytes so far."""
+        words = text.split()
+        if len(words) < 2 or not words[0].isdigit() or not words[1].endswith("%"):
+            return
+        at, now = int(words[0]), time.monotonic()
+        if self._first is None:
+            self._first, self._began = at, now
+        if now - self._said < interval() or now == self._began:
+            return
+        self._said = now
+        seconds = now - self._began
+        session.say(self._node, progress(self._name, max(self._size, at), at, self._first, seconds))

@@ -1,0 +1,189 @@
+"""What a node has of each directory that is kept the same: what it gives, what lies in place, what is wrong there."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Literal, cast, get_args
+
+from roles.core.role import Target, Unreadable, whole
+from roles.core.steps import quote
+from roles.packages.managers import Manager
+from roles.storage.spec import StorageSpec
+from roles.sync.declared import Entry, entries
+from roles.sync.scripts import COMPARE, DAMAGED, LIST, MANIFEST, REFUSE, SOURCE
+
+Place = Literal["absent", "empty", "foreign", "ours"]
+SECONDS = 120
+"""Every file's size and time is looked at."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """A directory that others get. listing: its digest; empty where refused, in words, or absent."""
+
+    listing: str = ""
+    refused: str = ""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One directory on a node.
+
+    given: what it gives, where the content comes from this node. read: the digest of the listing that was
+    last read there. place: what lies in its place. listing, manifest: digests of what was brought there.
+    wrong, strays: some of the paths that are not as they were brought, and that others put there; how many.
+    """
+
+    place: Place
+    given: Given | None = None
+    read: str = ""
+    listing: str = ""
+    manifest: str = ""
+    wrong: tuple[str, ...] = ()
+    wrongs: int = 0
+    stray: tuple[str, ...] = ()
+    strays: int = 0
+
+
+@dataclass(frozen=True)
+class SyncState:
+    """rsync: whether the node has it. seen: by the key of the entry."""
+
+    manager: Manager
+    rsync: bool
+    seen: Mapping[str, Seen] = field(default_factory=dict)
+
+
+GIVEN = f"""
+{LIST}{REFUSE}
+# given DIRECTORY: the digest of its listing, or why it cannot be given.
+given() {{
+  if ! test -d "$1" || ! cd "$1" 2>/dev/null; then echo absent; return; fi
+  list >"$listing"
+  why=$(refused "$listing")
+  if test -n "$why"; then printf 'refused %s\n' "$why"; else echo "listing $(digest <"$listing")"; fi
+}}
+"""
+
+LOOK = rf"""
+{GIVEN}{COMPARE}
+listing=$(mktemp) || exit 1
+trap 'rm -f "$listing"' EXIT
+if command -v dpkg-query >/dev/null; then echo 'manager apt'; else echo 'manager rpm'; fi
+if command -v rsync >/dev/null; then echo 'rsync yes'; else echo 'rsync no'; fi
+# look KEY PLACE NOTES GIVEN
+look() {{
+  if test -f "$3/{MANIFEST}"; then at=ours
+  elif ! test -e "$2" && ! test -L "$2"; then at=absent
+  elif test -d "$2" && test -z "$(ls -A "$2")"; then at=empty
+  else at=foreign; fi
+  echo "entry $1 $at"
+  if test -n "$4"; then
+    printf 'given %s\n' "$(given "$4")"
+    if test -f "$3/{SOURCE}"; then echo "read $(listed "$3/{SOURCE}" | digest) $(digest <"$3/{SOURCE}")"; fi
+    if test "$4" = "$2"; then return; fi
+  fi
+  if test $at != ours; then return; fi
+  echo "brought $(listed "$3/{MANIFEST}" | digest) $(digest <"$3/{MANIFEST}")"
+  bad=$3/{DAMAGED}; test -f "$bad" || bad=/dev/null
+  if test -d "$2"; then (cd "$2" && list); fi | compare "$3/{MANIFEST}" "$bad"
+}}
+"""
+
+
+def probe(target: Target[StorageSpec]) -> str:
+    """Lines ``word value``; ``entry KEY PLACE`` begins each directory, ``end`` is the last."""
+    calls = []
+    for each in entries(target.cluster):
+        given = each.origin.path if each.origin.node == target.node.name else ""
+        words = (each.key, each.place, each.notes, given)
+        calls.append(f"look {' '.join(map(quote, words))}\n")
+    if not calls:
+        return "echo end\n"
+    return f"{LOOK}{''.join(calls)}echo end\n"
+
+
+@whole
+def parse(text: str) -> SyncState:
+    """The state that ``probe`` printed."""
+    if not text:
+        return SyncState("apt", True)
+    single: dict[str, str] = {}
+    seen: dict[str, Seen] = {}
+    compared: set[str] = set()
+    key = ""
+    for line in text.split("\n"):
+        word, _, value = line.partition(" ")
+        if word in ("manager", "rsync") and not key:
+            single[word] = value
+            continue
+        if word == "entry":
+            key, _, place = value.partition(" ")
+            if key in seen or place not in get_args(Place):
+                raise Unreadable(f"unexpected line {line!r}")
+            seen[key] = Seen(cast(Place, place))
+            continue
+        if key not in seen:
+            raise Unreadable(f"unexpected line {line!r}")
+        one = seen[key]
+        match word:
+            case "given":
+                seen[key] = replace(one, given=given(value))
+            case "read" | "brought":
+                listing, manifest = value.split(" ")
+                if word == "read":
+                    seen[key] = replace(one, read=listing, manifest=one.manifest or manifest)
+                else:
+                    seen[key] = replace(one, listing=listing, manifest=manifest)
+            case "wrong":
+                seen[key] = replace(one, wrong=(*one.wrong, value))
+            case "stray":
+                seen[key] = replace(one, stray=(*one.stray, value))
+            case "wrongs":
+                seen[key] = replace(one, wrongs=int(value))
+            case "strays":
+                seen[key] = replace(one, strays=int(value))
+                compared.add(key)
+            case _:
+                raise Unreadable(f"unexpected line {line!r}")
+    if lacking := [name for name, one in seen.items() if one.listing and name not in compared]:
+        raise Unreadable(f"{lacking[0]} was not compared")
+    if single["manager"] not in ("apt", "rpm") or single["rsync"] not in ("yes", "no"):
+        raise Unreadable("a package manager or rsync is not told")
+    return SyncState(cast(Manager, single["manager"]), single["rsync"] == "yes", seen)
+
+
+def given(text: str) -> Given:
+    """What ``given`` printed."""
+    word, _, value = text.partition(" ")
+    if word == "absent" and not value:
+        return Given()
+    if word == "refused" and value:
+        return Given(refused=value)
+    if word == "listing" and len(value) == 64:
+        return Given(listing=value)
+    raise Unreadable(f"unexpected words {text!r}")
+
+
+@cache
+def given_here(directory: str) -> Given:
+    """What a directory of the control machine gives; read once a run, so that all nodes are asked for the same."""
+    script = f"listing=$(mktemp) || exit 1\ntrap 'rm -f \"$listing\"' EXIT\n{GIVEN}given {quote(directory)}"
+    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, errors="replace")
+    return (
+        given(done.stdout.strip()) if done.returncode == 0 else Given(refused=done.stderr.strip())
+    )
+
+
+def given_by(entry: Entry, name: str, seen: Seen, peers: Mapping[str, SyncState]) -> Given | None:
+    """What the directory's origin gives now; None where that node cannot be read."""
+    node = entry.origin.node
+    if node is None:
+        return given_here(entry.origin.path)
+    if node == name:
+        return seen.given
+    state = peers.get(node)
+    return state.seen[entry.key].given if state is not None and entry.key in state.seen else None
