@@ -216,7 +216,10 @@ def _otherwise(spec: StorageSpec, there: Mount) -> str:
 def _own(target: Target[StorageSpec], state: StorageState) -> Iterator[Finding]:
     """What is wrong with a directory on the node's own disk."""
     path, name, mount = target.spec.path, target.node.name, state.mount
-    if state.access == "absent" and state.token is None:
+    if state.access == "absent":
+        if state.token is not None:
+            yield _lost(path, token_file(target.spec), "no such directory")
+            return
         yield Finding(
             "storage-missing",
             f"{path}, on this node's own disk",
@@ -224,7 +227,7 @@ def _own(target: Target[StorageSpec], state: StorageState) -> Iterator[Finding]:
             "it is made",
         )
         return
-    if state.access not in ("yes", "absent"):
+    if state.access != "yes":
         yield from _unreachable(path, state)
         return
     if mount is not None and mount.kind not in ON_DISK:
@@ -246,7 +249,7 @@ def _own(target: Target[StorageSpec], state: StorageState) -> Iterator[Finding]:
         )
         return
     if state.token is not None and name not in state.tokens:
-        yield _lost(path, token_file(target.spec))
+        yield _lost(path, token_file(target.spec), "nothing of it")
         return
     if unwritable := list(_unwritable(target, state)):
         yield from unwritable
@@ -256,11 +259,11 @@ def _own(target: Target[StorageSpec], state: StorageState) -> Iterator[Finding]:
     yield from _modes(state)
 
 
-def _lost(path: str, token: str) -> Finding:
+def _lost(path: str, token: str, seen: str = "an empty directory") -> Finding:
     return Finding(
         "storage-lost",
         f"what Lockstep once wrote to {path}",
-        "an empty directory",
+        seen,
         f"mount what lies under it; if a new directory is meant, remove {token}",
         repairable=False,
     )

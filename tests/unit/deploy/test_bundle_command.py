@@ -267,6 +267,21 @@ def test_the_file_of_the_bundle_uses_what_it_holds_and_finds_what_it_does_not(
     }
 
 
+def test_what_nodes_are_to_have_alike_is_found_from_the_bundle_too(tmp_path: Path) -> None:
+    cluster_in(tmp_path)
+    sync = "a: {from: words}, b: {from: ~/words}, c: {from: 'gpu-a:/srv/words'}"
+    own = f"{{kind: local, path: /data, sync: {{{sync}}}}}"
+    text = CLUSTER.replace("{kind: existing, path: /data}", own)
+    (tmp_path / "own.yaml").write_text(text)
+    cluster = registry.read(tmp_path / "own.yaml")
+    made = yaml.safe_load(rewritten(cluster.path, yaml.safe_load(text), {}, {}, job=False))
+    assert made["storage"]["sync"] == {
+        "a": {"from": str(tmp_path / "words")},
+        "b": {"from": "~/words"},
+        "c": {"from": "gpu-a:/srv/words"},
+    }
+
+
 def test_sources_of_editable_packages_are_in_the_bundle_as_they_are_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,16 @@ def test_environments_may_not_overlap_or_lie_on_the_shared_storage_or_share_a_co
         b={"archive": "b", "prefix": "/data/e/b", "on_path": True},
     )
     assert [key for key, _ in found] == ["b.prefix", "b.on_path"]
+
+
+def test_an_environment_lies_apart_from_what_is_kept_the_same() -> None:
+    section = environments(a={"archive": "a", "prefix": "/data/x/env"}, b={"archive": "b"})
+    values = {"kind": "local", "path": "/data", "sync": {"x": {"from": "/x"}}}
+    sections = {"environments": section, "storage": StorageSpec.model_validate(values)}
+    declared = replace(cluster(section), sections=sections)
+    two = {**declared.nodes, "node9": next(iter(declared.nodes.values()))}
+    told = list(section.problems(replace(declared, nodes=two)))
+    assert [key for key, _ in told] == ["a.prefix"] and "overlaps /data/x" in told[0][1]
 
 
 def test_relative_paths_count_from_the_cluster_files_folder() -> None:

@@ -800,7 +800,23 @@ def test_places_on_the_storage_are_each_ones_own(site: Site) -> None:
     )
 
 
-def test_without_shared_storage_nothing_can_be_fetched(tmp_path: Path) -> None:
+def test_on_each_nodes_own_disk_a_model_lies_apart_from_what_is_kept_the_same(
+    site: Site,
+) -> None:
+    path = site.declare(x={"model": "a/b"})
+    values = yaml.safe_load(path.read_text())
+    sync = {"models": {"from": "/models"}}
+    values["storage"] = {"kind": "local", "path": str(site.shared), "sync": sync}
+    path.write_text(yaml.safe_dump(values))
+    with pytest.raises(SchemaProblem, match=r"models/x overlaps \S+/models, which storage.sync"):
+        registry.read(path)
+    values["storage"]["sync"] = {"corpus": {"from": "/models"}}
+    path.write_text(yaml.safe_dump(values))
+    (one,) = site.target().spec.each(registry.read(path))
+    assert one.path == f"{site.shared}/models/x"
+
+
+def test_without_storage_nothing_can_be_fetched(tmp_path: Path) -> None:
     path = tmp_path / "cluster.yaml"
     path.write_text("cluster: lab\nnodes: {node1: {address: 10.0.0.1}}\nfetch: {x: {model: a/b}}\n")
     with pytest.raises(SchemaProblem, match="declare storage"):

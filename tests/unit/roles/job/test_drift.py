@@ -16,6 +16,7 @@ from roles.job.declared import resolved
 from roles.job.drift import drift, new_launch, new_plan, remarks
 from roles.job.probe import Attempt, ErrorRecord, JobState
 from roles.job.spec import JobSpec, runs_path
+from roles.storage.spec import StorageSpec
 
 from .conftest import PLAN, RUN, fresh, unit, view
 
@@ -161,6 +162,32 @@ def test_a_job_needs_a_shared_place(target: Make, cluster: Cluster) -> None:
     assert list(JobSpec(path="/big/runs").problems(bare)) == []
     assert runs_path(JobSpec(path="/big/runs"), cluster) == "/big/runs"
     assert runs_path(JobSpec(), cluster) == "/shared/runs"
+
+
+def test_a_job_of_several_nodes_has_no_place_on_their_own_disks(
+    target: Make, cluster: Cluster
+) -> None:
+    local = StorageSpec(kind="local", path="/data")
+    sections = {**cluster.sections, "storage": local}
+    assert ids(found(target(sections=sections), node1=fresh("node1"))) == ["job-no-place"]
+    bare = replace(cluster, sections=sections)
+    ((key, sentence),) = JobSpec().problems(bare)
+    assert key == "path" and "/data is each node's own (storage.kind: local)" in sentence
+    assert "runs.path" in sentence
+    own = {**sections, "runs": JobSpec(path="/data/runs")}
+    made = replace(target(sections=own), spec=JobSpec(path="/data/runs"))
+    assert ids(found(made, node1=fresh("node1"))) == ["job-no-place"]
+    elsewhere = replace(made, spec=JobSpec(path="/nfs/runs"))
+    assert "job-no-place" not in ids(found(elsewhere, node1=fresh("node1")))
+    alone = replace(bare, nodes={"node1": bare.nodes["node1"]})
+    assert runs_path(JobSpec(), alone) == "/data/runs"
+
+
+def test_runs_lie_in_nothing_that_is_kept_the_same(cluster: Cluster) -> None:
+    values = {"kind": "local", "path": "/data", "sync": {"x": {"from": "/x"}}}
+    sections = {**cluster.sections, "storage": StorageSpec.model_validate(values)}
+    told = list(JobSpec(path="/data/x/runs").problems(replace(cluster, sections=sections)))
+    assert [key for key, _ in told] == ["path"] and "overlaps /data/x" in told[0][1]
 
 
 def test_the_plan_takes_boot_ids_and_a_free_port_from_the_looks(target: Make) -> None:

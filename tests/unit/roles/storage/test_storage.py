@@ -32,7 +32,7 @@ from roles.storage.probe import (
     unescaped,
 )
 from roles.storage.proof import proof
-from roles.storage.spec import StorageSpec
+from roles.storage.spec import StorageSpec, storage_path, synced_at
 
 ROOT = Path(__file__).parents[4]
 RECORDED = Path(__file__).parent / "recorded"
@@ -44,6 +44,7 @@ TARGETS = {name: Target(CLUSTER, node, SPEC) for name, node in NODES.items()}
 HEAD, WORKER = TARGETS["node1"], TARGETS["node2"]
 MARK = Mark("5eed" * 8, "77", "1700000000")
 TOKENS = {name: f"{number}" * 32 for number, name in enumerate(NAMES, 1)}
+TOKENS_OF_TWO = {name: (TOKENS[name],) for name in NAMES[1:]}
 
 
 def state(name: str, **changes: Any) -> StorageState:
@@ -327,6 +328,91 @@ def test_colleagues_learn_where_the_shared_storage_and_the_depot_are() -> None:
     assert (shared_path(CLUSTER), depot(CLUSTER)) == ("/shared", "/shared/.lockstep")
     without = replace(CLUSTER, sections={})
     assert (shared_path(without), depot(without)) == (None, None)
+
+
+# Each node's own disk.
+
+OWN = StorageSpec(kind="local", path="/data")
+OWN_TOKEN = f"{TOKEN_FILE}-data"
+
+
+def own_ids(seen: StorageState) -> list[tuple[str, bool]]:
+    cluster = replace(CLUSTER, sections={"storage": OWN})
+    found = role.drift(Target(cluster, NODES["node2"], OWN), seen, ALL)
+    return [(one.id, one.repairable) for one in found]
+
+
+def own(**changes: Any) -> StorageState:
+    """node2 with a directory on its own disk, where it left its token."""
+    disk = Mount("/", "ext4", "/dev/sda1", ("rw",))
+    values = {"mark": None, "mount": disk, "real": "/data", "tokens": {"node2": (TOKENS["node2"],)}}
+    return state("node2", **{**values, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({}, []),
+        ({"mount": Mount("/data", "xfs", "/dev/sdb", ("rw",))}, []),
+        ({"access": "absent", "token": None}, [("storage-missing", True)]),
+        ({"token": None, "tokens": {}}, [("storage-token", True)]),
+        ({"access": "absent"}, [("storage-lost", False)]),
+        ({"tokens": {}}, [("storage-lost", False)]),
+        ({"mount": Mount("/data", "nfs4", "s:/x", ("rw",))}, [("storage-not-own", False)]),
+        ({"mount": Mount("/", "lustre", "mds:/x", ("rw",))}, [("storage-not-own", False)]),
+        ({"tokens": TOKENS_OF_TWO}, [("storage-not-own", False)]),
+        ({"tokens": {"node9": ("9" * 32,), "node2": ("2" * 32,)}}, []),
+        ({"access": "silent"}, [("nfs-server-silent", False)]),
+        ({"mount": Mount("/", "ext4", "/dev/sda1", ("ro",))}, [("storage-read-only", False)]),
+        ({"free": 1}, [("checkpoint-disk-full", False)]),
+        ({"open": (".lockstep",)}, [("storage-modes", True)]),
+    ],
+)  # fmt: skip
+def test_a_directory_on_the_nodes_own_disk_is_made_and_known_again(
+    changes: dict[str, Any], found: list[tuple[str, bool]]
+) -> None:
+    assert own_ids(own(**changes)) == found
+
+
+def test_a_directory_on_the_nodes_own_disk_carries_its_token_and_no_mark(tmp_path: Path) -> None:
+    spec = StorageSpec(kind="local", path=str(tmp_path / "data"))
+    target = Target(replace(CLUSTER, sections={"storage": spec}), NODES["node2"], spec)
+    kept = tmp_path / "own" / "token"
+
+    def seen() -> StorageState:
+        text = probe(target).replace(str(Path(TOKEN_FILE).parent), str(kept.parent))
+        return parse(sh(text).stdout.rstrip("\n"))
+
+    assert [one.id for one in role.drift(target, seen(), {})] == ["storage-missing"]
+    steps = role.converge(target, seen(), {}, role.drift(target, seen(), {}))
+    for step in steps:
+        assert isinstance(step, Shell)
+        text = step.command.replace(str(Path(TOKEN_FILE).parent), str(kept.parent))
+        done = sh(f"set -e\n{text}")
+        assert done.returncode == 0, done.stderr
+    assert role.drift(target, seen(), {}) == []
+    shutil.rmtree(tmp_path / "data")
+    assert [one.id for one in role.drift(target, seen(), {})] == ["storage-lost"]
+
+
+def test_nothing_is_shared_where_several_nodes_have_each_its_own() -> None:
+    cluster = replace(CLUSTER, sections={"storage": OWN})
+    assert (shared_path(cluster), depot(cluster)) == (None, None)
+    assert storage_path(cluster) == "/data"
+    alone = replace(cluster, nodes={"node1": NODES["node1"]})
+    assert (shared_path(alone), depot(alone)) == ("/data", "/data/.lockstep")
+    assert proof(Target(cluster, NODES["node1"], OWN)) == "true"
+    assert wanted(Target(cluster, NODES["node1"], OWN)) is None
+
+
+def test_what_is_kept_the_same_overlaps_nothing_else() -> None:
+    spec = StorageSpec.model_validate(
+        {"kind": "local", "path": "/data", "sync": {"x": {"from": "/x"}}}
+    )
+    cluster = replace(CLUSTER, sections={"storage": spec})
+    assert synced_at(cluster, "/data/x/y") == synced_at(cluster, "/data") == "/data/x"
+    assert synced_at(cluster, "/data/xy") is None
+    assert synced_at(replace(CLUSTER, sections={}), "/data") is None
 
 
 # What Lockstep mounts itself.
