@@ -37,19 +37,11 @@ ATTEMPTS = 2
 """Files that arrive with another content are asked for once more."""
 SECONDS = 48 * 3600
 """Time limit of what reads or moves a whole directory."""
-PARTIAL = ".lockstep-partial"
-"""A folder beside files that arrive: what came of one that broke off."""
 OPTIONS = (
-    *(
-        "rsync",
-        "-tp",
-        "--chmod=Du+rwx,Fu+rw",
-        "--from0",
-        f"--partial-dir={PARTIAL}",
-        "--timeout=60",
-    ),
+    *("rsync", "-tp", "--chmod=Du+rwx,Fu+rw", "--from0", "--inplace", "--timeout=60"),
     *("--info=progress2", "--no-human-readable", "--outbuf=N"),
 )
+"""In place, as only what arrives lies there: what a power cut leaves of a file is continued."""
 
 SEND = r"""
 said=$(mktemp) || exit 1
@@ -70,7 +62,7 @@ test "$1 $2 $3" = 'rsync --server --sender' || no
 shift 3; options=
 while test $# -gt 2; do
   case $1 in
-    --files-from=-|--from0|--timeout=60) ;;
+    --files-from=-|--from0|--timeout=60|--inplace) ;;
     --*) no ;;
     -*) case ${1%%e.*} in -|*[!tpRvn-]*) no ;; esac
       case $1 in *[!A-Za-z.-]*) no ;; esac ;;

@@ -7,7 +7,6 @@ listing, which needs no file opened. Nothing here depends on Python: nodes need 
 
 from __future__ import annotations
 
-from roles.core.mirror import PARTIAL
 from roles.core.steps import settled
 
 SOURCE, MANIFEST, WANTED = "source", "manifest", "wanted"
@@ -148,23 +147,23 @@ if ! test -f {MANIFEST}; then
     no "$place/$other was not brought there, and would be lost: move it away, and converge again"; fi
 fi
 cd "$landing"; mkdir -p files; cd files
-find . -name {PARTIAL} -prune -o -type f -printf '%s\t%P\n' >"$notes/arrived"
+find . -type f -links +1 -exec rm -f {{}} +  # what took its place before a power cut
+find . -type f -printf '%s\t%P\n' >"$notes/arrived"
 awk -F '\t' 'part == 1 {{ keep[$0] = 1; next }} !($2 in keep) {{ print $2 }}' part=1 "$notes/lacking" part=2 "$notes/arrived" |
   lines | xargs -0 -r rm -f --
 chown -R --reference="$landing" .
-need=$(awk -F '\t' '
+set -- $(awk -F '\t' '
   part == 1 {{ lacking[$0] = 1; next }}
   part == 2 {{ arrived[$2] = $1 ""; next }}
-  $5 in lacking && arrived[$5] != $3 "" {{ sum += $3 }}
-  END {{ printf "%.0f", sum }}' part=1 "$notes/lacking" part=2 "$notes/arrived" part=3 "$notes/{WANTED}")
-partial=$(find . -path '*/{PARTIAL}/*' -type f -printf '%s\n' | awk '{{ sum += $1 }} END {{ printf "%.0f", sum }}')
+  $5 in lacking {{ need += $3 - arrived[$5]; if (arrived[$5] != $3 "") all += $3 }}
+  END {{ printf "%.0f %.0f", need, all }}' part=1 "$notes/lacking" part=2 "$notes/arrived" part=3 "$notes/{WANTED}")
 free=$(df -Pk . | awk 'NR == 2 {{ printf "%.0f", $4 * 1024 }}')
-lack=$(awk -v need="$need" -v room="$((free + partial - keep))" 'BEGIN {{
+lack=$(awk -v need="$1" -v room="$((free - keep))" 'BEGIN {{
   if (need > 0 && need > room) printf "needs %.1f MB more, and %.1f MB may be used", need / 1e6, (room > 0 ? room / 1e6 : 0) }}')
 if test -n "$lack"; then no "$name $lack at ${{place%/*}}: make room, or declare less storage.free"; fi
 # With ./ before them: rsync takes a line that begins with # for a remark.
 lines <"$notes/lacking" >"$notes/lacking0"
-echo "$need $(wc -l <"$notes/lacking")"
+echo "$2 $(wc -l <"$notes/lacking")"
 """
 """Variables: name, place, notes, landing (the login user's folder), keep (bytes that stay free)."""
 
@@ -203,7 +202,6 @@ awk -F '\t' 'part == 1 {{ if ($2 == "d") want[$5] = 1; next }} $1 == "d" && !($4
   part=1 "$notes/{WANTED}" part=2 "$notes/there" | sort -r | lines | xargs -0 -r rmdir -- 2>/dev/null || :
 awk -F '\t' '$2 == "d" {{ print $5 }}' "$notes/{WANTED}" | lines | xargs -0 -r mkdir -p --
 chown -R 0:0 "$landing/files"
-find "$landing/files" -depth -type d -name {PARTIAL} -exec rm -rf {{}} +
 # Hard links: nothing is copied, where both lie on one file system.
 cp -rlT --remove-destination "$landing/files" . 2>/dev/null ||
   cp -rT --preserve=mode,timestamps --remove-destination "$landing/files" .

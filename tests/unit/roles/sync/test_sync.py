@@ -362,6 +362,8 @@ def test_a_transfer_that_broke_off_goes_on_from_what_arrived(
     def cut(*arguments: Any) -> None:
         files = site.folder / "node1/data/.corpus.arriving/files"
         shutil.copy2(corpus / "a.txt", files / "a.txt")
+        (files / "part").mkdir()
+        (files / "part/b c.bin").write_bytes(FILES["part/b c.bin"][:200_000])
         raise session.NodeFailed("the connection broke")
 
     with monkeypatch.context() as patch:
@@ -369,10 +371,12 @@ def test_a_transfer_that_broke_off_goes_on_from_what_arrived(
         with pytest.raises(session.NodeFailed, match="the connection broke"):
             site.converge("node1")
     assert not site.place("node1").exists()
-    inode = (site.folder / "node1/data/.corpus.arriving/files/a.txt").stat().st_ino
+    arrived = site.folder / "node1/data/.corpus.arriving/files"
+    inodes = [(arrived / name).stat().st_ino for name in ("a.txt", "part/b c.bin")]
     site.converge("node1")
     assert site.files("node1") == FILES
-    assert (site.place("node1") / "a.txt").stat().st_ino == inode
+    place = site.place("node1")
+    assert [(place / name).stat().st_ino for name in ("a.txt", "part/b c.bin")] == inodes
 
 
 def test_a_power_cut_while_files_take_their_place_costs_none_of_them(
