@@ -156,9 +156,9 @@ def mirror(node: Host, step: Mirror, spread: Spread) -> None:
         return
     manifest = Upload(step.manifest, step.wanted, sha256)
     upload(node, manifest, Chain(manifest, spread.places))
-    whole = False
+    whole, refused = False, set[str | None]()
     try:
-        whole = any(_tried(node, step, spread) for _ in range(ATTEMPTS))
+        whole = any(_tried(node, step, spread, refused) for _ in range(ATTEMPTS))
     finally:
         spread.over(node.name, whole)
     if not whole:
@@ -168,18 +168,22 @@ def mirror(node: Host, step: Mirror, spread: Spread) -> None:
         )
 
 
-def _tried(node: Host, step: Mirror, spread: Spread) -> bool:
-    """Bring what the node lacks, and put it in place; False where the content of some files was wrong."""
+def _tried(node: Host, step: Mirror, spread: Spread, refused: set[str | None]) -> bool:
+    """Bring what the node lacks, and put it in place; False where the content of some files was wrong.
+
+    refused: who is not asked any more; gets who gave wrong content, but the origin.
+    """
     survey = f"set -e\n{landing(node, PurePosixPath(step.landing))}\n{step.survey}"
     size, files = session.run(node, survey, SECONDS).stdout.split()
-    if int(files):
-        _bring(node, step, spread, int(size))
+    giver = _bring(node, step, spread, refused, int(size)) if int(files) else step.giver
     said = session.run(node, f"set -e\n{step.settle}", SECONDS).stdout.split(" ", 2)
     match said:
         case ["damaged", number, path]:
             session.say(
                 node, f"{step.name}: {number} files arrived damaged, such as {path}", "yellow"
             )
+            if giver != step.giver:
+                refused.add(giver)
             return False
         case ["aside", number, where]:
             folder, _, path = where.partition(" ")
@@ -190,14 +194,15 @@ def _tried(node: Host, step: Mirror, spread: Spread) -> bool:
     return True
 
 
-def _bring(node: Host, step: Mirror, spread: Spread, size: int) -> None:
-    """Have the lacking files arrive, from whoever can give them."""
+def _bring(
+    node: Host, step: Mirror, spread: Spread, refused: set[str | None], size: int
+) -> str | None:
+    """Have the lacking files arrive, from whoever can give them; who it was."""
     told = _Progress(node, step.name, size)
     if node.name == step.giver:
         command = [*OPTIONS, f"--files-from={step.paths}", f"{step.directory}/"]
-        _taken(node, step, told, f"{shlex.join([*command, f'{step.landing}/files/'])}")
-        return
-    refused: set[str | None] = set()
+        _taken(node, step, told, shlex.join([*command, f"{step.landing}/files/"]))
+        return node.name
     while True:
         giver = spread.claim(node.name, refused)
         try:
@@ -205,7 +210,7 @@ def _bring(node: Host, step: Mirror, spread: Spread, size: int) -> None:
                 _from_here(node, step, told)
             else:
                 _from_node(node, step, spread, giver, told)
-            return
+            return giver
         except relay.Refused as error:
             refused.add(giver)
             session.say(

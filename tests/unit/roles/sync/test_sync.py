@@ -423,6 +423,16 @@ def test_content_that_is_wrong_again_and_again_is_never_put_in_place(
     assert not (site.place("node1") / "a.txt").exists()
 
 
+def test_a_node_whose_files_went_bad_unseen_does_not_spread_them(site: Site, corpus: Path) -> None:
+    site.converge("node1")
+    altered = site.place("node1") / "a.txt"
+    altered.write_bytes(b"two\n" * 1000)
+    os.utime(altered, (1_700_000_000, 1_700_000_000.25))
+    site.converge("node2")
+    assert site.files("node2") == FILES
+    assert site.given == [("", "node1"), ("node1", "node2"), ("", "node2")]
+
+
 def test_a_node_that_cannot_give_is_passed_over(site: Site, corpus: Path) -> None:
     site.refusing = {"node1"}
     site.converge()
