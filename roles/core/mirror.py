@@ -202,7 +202,7 @@ def _bring(
     if node.name == step.giver:
         command = [*OPTIONS, f"--files-from={step.paths}", f"{step.directory}/"]
         _taken(node, step, told, shlex.join([*command, f"{step.landing}/files/"]))
-        return node.name
+        return step.giver
     while True:
         giver = spread.claim(node.name, refused)
         try:
