@@ -71,7 +71,9 @@ while test $# -gt 2; do
   options="$options $1"; shift
 done
 test "$*" = '. .' || no
-exec $root sh -c 'cd "$0" && exec rsync --server --sender "$@" . .' "$tree" $options
+exec $root sh -c '
+  if ! cd "$0" 2>/dev/null; then echo "its user $(id -un) may not enter $0" >&2; exit 1; fi
+  exec rsync --server --sender "$@" . .' "$tree" $options
 """
 """What a giver runs for the taker: rsync, to read files of this one directory. Variables: root, tree."""
 

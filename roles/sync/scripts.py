@@ -89,7 +89,7 @@ awk -v name="$name" -v sums="$notes/sums" '
   part == 1 {{ size[$4] = $2; next }}
   part == 2 {{ all += size[$0]; next }}
   {{ print >sums; done += size[substr($0, 69)]
-     if (all && int(10 * done / all) > told) {{ told = int(10 * done / all)
+     if (all > 100000000 && int(10 * done / all) > told) {{ told = int(10 * done / all)
        printf "%s: %d of %d MB read (%d %%)\n", name, done / 1000000, all / 1000000, 100 * done / all; fflush() }} }}' \
   part=1 "$notes/listing" part=2 "$notes/unread" part=3 -
 awk -F '\t' -v OFS='\t' '

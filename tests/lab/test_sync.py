@@ -29,13 +29,16 @@ def site() -> Iterator[Site]:
         (words / "first").symlink_to("one.txt")
         lab.shell(
             "node2",
-            "mkdir -p /data/models/m; cd /data/models; head -c 30000000 /dev/urandom >m/weights; "
+            "mkdir -p /data/models/m; cd /data/models; head -c 30000000 /dev/urandom >m/weights",
+        )
+        lab.shell(
+            "node1",
             "mkdir -p /srv/private; chmod 0700 /srv/private; echo x >/srv/private/config; chmod 0600 /srv/private/config",
         )
         sync = {
             "words": {"from": str(words)},
             "models": {"from": "node2:/data/models"},
-            "config": {"from": "node2:/srv/private"},
+            "config": {"from": "node1:/srv/private"},
         }
         storage = {"kind": "local", "path": "/data", "free": 100, "sync": sync}
         packages = {"local": "/srv/lockstep/packages", "install": []}
@@ -70,7 +73,7 @@ def test_what_is_given_is_the_same_on_every_node_and_a_second_run_changes_nothin
     same(site)
     assert sums(site, "node1").count("\n") == 5
     assert site.shell("node1", "readlink /data/words/first") == "one.txt\n"
-    assert site.shell("node1", "stat -c %a /data/config/config") == "600\n"
+    assert site.shell("node2", "stat -c %a /data/config/config") == "600\n"
     assert site.converge()["totals"]["success"] == 0
     assert found(site, "--deep") == set()
     (identity,) = [row for row in site.verify()["identity"] if row["fact"] == "synchronised files"]
@@ -114,16 +117,16 @@ def test_what_the_origin_changes_and_loses_follows(site: Site) -> None:
     words = site.directory / "words"
     (words / "two.txt").unlink()
     (words / "three.txt").write_text("three\n")
-    site.shell(
-        "node2", "echo new >/data/models/m/new; rm /srv/private/config; echo y >/srv/private/other"
-    )
+    site.shell("node2", "echo new >/data/models/m/new")
+    site.shell("node1", "rm /srv/private/config; echo y >/srv/private/other")
     assert found(site) == {
         *((node, "sync-other") for node in site.nodes),
         ("node2", "sync-unread"),
     }
     site.converge()
     same(site)
-    assert site.shell("node1", "cat /data/models/m/new /data/config/*") == "new\ny\n"
+    assert site.shell("node1", "cat /data/models/m/new") == "new\n"
+    assert site.shell("node2", "cat /data/config/*") == "y\n"
     assert site.shell("node1", "ls /data/words") == "first\nmore\none.txt\nthree.txt\n"
 
 
