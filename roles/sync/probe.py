@@ -95,21 +95,20 @@ look() {{
 
 
 def probe(target: Target[StorageSpec]) -> str:
-    """Lines ``word value``; ``entry KEY PLACE`` begins each directory, ``end`` is the last."""
+    """Lines ``word value``: ``directories NUMBER`` is the first, ``entry KEY PLACE`` begins each directory, ``end`` is the last."""
     calls = []
     for each in entries(target.cluster):
         given = each.origin.path if each.origin.node == target.node.name else ""
         words = (each.key, each.place, each.notes, given)
         calls.append(f"look {' '.join(map(quote, words))}\n")
-    if not calls:
-        return "echo end\n"
-    return f"{LOOK}{''.join(calls)}echo end\n"
+    look = f"{LOOK}{''.join(calls)}" if calls else ""
+    return f"echo directories {len(calls)}\n{look}echo end\n"
 
 
 @whole
 def parse(text: str) -> SyncState:
     """The state that ``probe`` printed."""
-    if not text:
+    if text == "directories 0":
         return SyncState("apt", True)
     single: dict[str, str] = {}
     seen: dict[str, Seen] = {}
@@ -117,7 +116,7 @@ def parse(text: str) -> SyncState:
     key = ""
     for line in text.split("\n"):
         word, _, value = line.partition(" ")
-        if word in ("manager", "rsync") and not key:
+        if word in ("directories", "manager", "rsync") and not key:
             single[word] = value
             continue
         if word == "entry":
@@ -151,6 +150,8 @@ def parse(text: str) -> SyncState:
                 raise Unreadable(f"unexpected line {line!r}")
     if lacking := [name for name, one in seen.items() if one.listing and name not in compared]:
         raise Unreadable(f"{lacking[0]} was not compared")
+    if int(single["directories"]) != len(seen):
+        raise Unreadable(f"it shows {len(seen)} of {single['directories']} directories")
     if single["manager"] not in ("apt", "rpm") or single["rsync"] not in ("yes", "no"):
         raise Unreadable("a package manager or rsync is not told")
     return SyncState(cast(Manager, single["manager"]), single["rsync"] == "yes", seen)

@@ -690,5 +690,5 @@ def test_a_cut_answer_is_no_state(site: Site, corpus: Path) -> None:
 
 def test_nothing_is_asked_where_nothing_is_kept_the_same(site: Site) -> None:
     site.declare()
-    assert probe(site.target("node1")) == "echo end\n"
+    assert probe(site.target("node1")) == "echo directories 0\necho end\n"
     assert site.ids() == [[]] * 3
