@@ -13,6 +13,7 @@ from roles.core.steps import Shell, Step, quote
 from roles.packages.converge import installing
 from roles.packages.names import translated
 from roles.packages.spec import PackagesSpec
+from roles.storage import shutdown
 from roles.storage.drift import has_own_line, lines_left, strays
 from roles.storage.mount import Wanted, wanted
 from roles.storage.probe import TOKEN_FILE, StorageState, token_file
@@ -41,6 +42,11 @@ def converge(
         yield installing(packages, state.manager, client_packages(state))
     for line in lines_left(target, state) if "storage-left" in ids else ():
         yield Shell(f"{unmount(line.point)}{fstab.drop(line.point)}\nsystemctl daemon-reload")
+    unit = shutdown.unit(target)
+    if unit is not None and "nfs-shutdown" in ids:
+        yield Shell(shutdown.put(unit))
+    if unit is None and state.shutdown:
+        yield Shell(shutdown.drop())
     mount = wanted(target)
     if mount is not None and ids & MOUNTING:
         anew = ids & {"nfs-mount-wrong", "nfs-mount-options", "nfs-stale-handle"}

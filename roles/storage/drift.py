@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from roles.core.role import Finding, Peers, Target
+from roles.storage import shutdown
 from roles.storage.mount import OWN, Wanted, is_server, wanted
 from roles.storage.probe import TOUCH_SECONDS, Line, Mark, Mount, StorageState, token_file
 from roles.storage.spec import StorageSpec, server_node
@@ -46,7 +47,7 @@ def is_plain(state: StorageState) -> bool:
 
 def drift(target: Target[StorageSpec], state: StorageState, peers: Peers) -> list[Finding]:
     """Findings: what makes the path unusable; if nothing does, whether it is the head's directory."""
-    left = list(_left(target, state))
+    left = [*_left(target, state), *_shutdown(target, state)]
     if target.spec.kind == "local":
         return [*left, *_own(target, state)]
     unusable = list(_mounting(target, state)) or list(_unusable(target, state))
@@ -84,6 +85,33 @@ def _left(target: Target[StorageSpec], state: StorageState) -> Iterator[Finding]
             f"{line.source} at {line.point}",
             "it is unmounted, and its line is taken out of /etc/fstab",
             disturbs=True,
+        )
+
+
+def _shutdown(target: Target[StorageSpec], state: StorageState) -> Iterator[Finding]:
+    """Whether the node can shut down without the server."""
+    unit = shutdown.unit(target)
+    if unit is None:
+        if state.shutdown:
+            yield Finding(
+                "storage-left",
+                "no unit of Lockstep's for a mount that is not declared",
+                shutdown.UNIT,
+                "it is removed",
+            )
+        return
+    wrong = (
+        "none" if not state.shutdown
+        else "another version of it" if state.shutdown != shutdown.digest(unit)
+        else "it is not enabled, or does not wait for it" if not state.ready
+        else ""
+    )  # fmt: skip
+    if wrong:
+        yield Finding(
+            "nfs-shutdown",
+            f"{shutdown.UNIT}, without which a shutdown waits for minutes while the server is gone",
+            wrong,
+            "it is put there",
         )
 
 

@@ -10,6 +10,7 @@ from typing import Literal, cast
 from roles.core.role import Target, Unreadable, whole
 from roles.core.steps import quote
 from roles.packages.managers import Manager
+from roles.storage import shutdown
 from roles.storage.mount import OWN, wanted
 from roles.storage.spec import StorageSpec
 
@@ -75,6 +76,8 @@ class StorageState:
     free, inodes: what is left, in MiB and in number; inodes is None where there is no limit.
     same: the path is the directory of this node that is to be bound there; None where none is.
     entry: one name in the directory; "" where it is empty, or where nothing is to be mounted.
+    shutdown: digest of what lets a shutdown go on without the server; "" where none is. ready: it is
+    enabled and waits for the next shutdown.
     open: Lockstep's directories there that group or others may write.
     mark: only looked for on storage that is shared.
     token: this node's own, from its own disk. tokens: node name to the tokens seen on the storage.
@@ -94,6 +97,8 @@ class StorageState:
     inodes: int | None = None
     same: bool | None = None
     entry: str = ""
+    shutdown: str = ""
+    ready: bool = False
     mark: Mark | None = None
     open: tuple[str, ...] = ()
     token: str | None = None
@@ -185,6 +190,7 @@ FILENAME == "/proc/self/mountinfo" {{
 $1 ~ /^#/ || NF < 4 {{ next }}
 $2 == ENVIRON["path"] || index("," $4 ",", ",{OWN},") {{ print "fstab " $1 " " $2 " " $3 " " $4 " " $5 + 0 " " $6 + 0 }}
 ' "$fstab" /proc/self/mountinfo || exit 1
+{shutdown.SHOW.strip()}
 echo end
 """
 
@@ -203,7 +209,7 @@ def probe(target: Target[StorageSpec]) -> str:
 
 _SINGLE = {
     *("token", "manager", "client", "access", "real", "mount", "exported", "writable", "space"),
-    *("same", "entry", "mark"),
+    *("same", "entry", "mark", "shutdown"),
 }
 
 
@@ -240,6 +246,9 @@ def parse(text: str) -> StorageState:
         raise Unreadable(f"an access cannot be {access!r}")
     if single["manager"] not in ("apt", "rpm") or single["client"] not in ("yes", "no"):
         raise Unreadable("a package manager or a client is not told")
+    digest, _, ready = single.get("shutdown", "").partition(" ")
+    if "shutdown" in single and ready not in ("yes", "no"):
+        raise Unreadable("a unit is neither ready nor not")
     known = StorageState(
         access=cast(Access, access),
         failure=failure,
@@ -247,6 +256,8 @@ def parse(text: str) -> StorageState:
         client=single["client"] == "yes",
         fstab=tuple(fstab),
         live=tuple(live),
+        shutdown=digest,
+        ready=ready == "yes",
         token=single["token"] if TOKEN.fullmatch(single["token"]) else None,
     )
     if access != "yes":

@@ -204,7 +204,7 @@ class StorageSpec(Spec):
     """nfs: further mount options, such as nconnect=8 or noatime."""
 
     timeout: Annotated[int, Field(ge=5, le=600)] = 30
-    """nfs: how long a mount may take, in seconds."""
+    """nfs: how long a mount may take, and how long a server that is gone may hold up a shutdown, in seconds."""
 
     root_squash: bool = False
     """nfs, with a node as server: whether root of the other nodes is nobody there. Jobs run as root, and

@@ -17,7 +17,7 @@ from inventory.cluster import Cluster, Node
 from roles.core import fstab
 from roles.core.role import Finding, Target, Unreadable
 from roles.core.steps import Shell
-from roles.storage import depot, role, shared_path
+from roles.storage import depot, role, shared_path, shutdown
 from roles.storage.converge import attempt, unmount
 from roles.storage.mount import wanted
 from roles.storage.probe import (
@@ -500,8 +500,17 @@ def line(text: str) -> Line:
 
 
 def client(**changes: Any) -> StorageState:
+    unit = shutdown.unit(served())
+    assert unit is not None
     right = state(
-        "node2", client=True, fstab=(line(LINE),), live=(AUTOFS, NFS), mount=NFS, entry=".lockstep"
+        "node2",
+        client=True,
+        fstab=(line(LINE),),
+        live=(AUTOFS, NFS),
+        mount=NFS,
+        entry=".lockstep",
+        shutdown=shutdown.digest(unit),
+        ready=True,
     )
     return replace(right, **changes)
 
@@ -696,6 +705,32 @@ def test_a_mount_in_use_stays_and_who_uses_it_is_told_how_to_find(
     assert last.startswith("/proc could not be unmounted" if code else "/proc is still mounted")
 
 
+@pytest.mark.parametrize(
+    ("changes", "seen"),
+    [
+        ({"shutdown": "", "ready": False}, "none"),
+        ({"shutdown": "5eed"}, "another version of it"),
+        ({"ready": False}, "it is not enabled, or does not wait for it"),
+    ],
+)
+def test_what_lets_a_shutdown_go_on_without_the_server_is_put_there(
+    changes: dict[str, Any], seen: str
+) -> None:
+    (found,) = client_findings(client(**changes))
+    assert (found.id, found.seen, found.repairable) == ("nfs-shutdown", seen, True)
+    text = client_script(client(**changes))
+    assert f"systemctl enable -q {shutdown.UNIT}" in text and "umount" not in text
+    changed = client_findings(client(), timeout=60)
+    assert "nfs-shutdown" in [one.id for one in changed], "its seconds follow the timeout"
+
+
+def test_a_node_that_mounts_nothing_by_nfs_keeps_no_unit_for_its_shutdown() -> None:
+    assert shutdown.unit(served("node1")) is None and shutdown.unit(HEAD) is None
+    seen = state("node2", shutdown="5eed", ready=True)
+    assert ids("node2", seen) == ["storage-left"]
+    assert f"rm -f {shutdown.LINK} {shutdown.UNIT_FILE}" in script("node2", seen)
+
+
 def test_packages_of_the_client_have_each_familys_names() -> None:
     assert role.installs is not None
     assert list(role.installs(served(), client())) == ["nfs-common"]
@@ -880,3 +915,157 @@ def test_the_probe_shows_the_lines_of_the_path_and_lockstep_s_own(
     seen = look(tmp_path, tmp_path / "none", shell, fstab, "yes")
     assert [each.text for each in seen.fstab] == [f"nas:/x {tmp_path} nfs hard 0 0", LINE]
     assert seen.live == () and seen.entry == "fstab" and seen.same is None
+
+
+TABLE = (
+    "22 1 0:20 / {0} rw shared:1 - autofs systemd-1 rw\n23 22 0:21 / {0} rw - {1} nas:/x rw,hard\n"
+)
+STATS = (
+    "device nas:/y mounted on /other with fstype nfs4 statvers=1.1\n"
+    "\txprt:\ttcp 700 1 1 0 28 231 9999 0 231 0 2 0 0\n"
+    "device nas:/x mounted on {0} with fstype nfs4 statvers=1.1\n"
+    "\txprt:\ttcp 788 1 1 0 28 231 {1} 0 231 0 2 0 0\n"
+)
+
+
+def shut_down(
+    work: Path,
+    shell: str,
+    stat: str,
+    umount: str,
+    silence: str = "1",
+    manager: str = "stopping",
+    kind: str = "nfs4",
+) -> tuple[str, list[str]]:
+    """What the unit's script says, and with which options it unmounted. stat, umount: their stand-ins."""
+    point, table, stats, log = (str(work / name) for name in ("data", "table", "stats", "log"))
+    Path(table).write_text(TABLE.format(point, kind))
+    Path(stats).write_text(STATS.format(point, 1))
+    Path(log).touch()
+    fakes = {
+        "stat": stat,
+        "umount": f'echo "$*" >>{log}\n{umount}',
+        "systemctl": f"echo {manager}",
+    }
+    for program, text in fakes.items():
+        (work / program).write_text(
+            f"#!/bin/sh\ntable={table} stats={stats} point={point}\n{text}\n"
+        )
+        (work / program).chmod(0o755)
+    text = shutdown.SCRIPT.replace("PATH=/usr/sbin", f"PATH={work}:/usr/sbin")
+    text = re.sub("sleep [0-9]", "sleep 0", text)
+    text = text.replace(shutdown.MOUNTS, table).replace(shutdown.COUNTS, stats)
+    (work / "script").write_text(text)
+    argv = ["busybox", "sh"] if shell == "busybox" else [shell]
+    done = subprocess.run(
+        [*argv, str(work / "script"), point, silence], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout, Path(log).read_text().splitlines()
+
+
+HANGS = "exec sleep 30"
+GONE = ': >"$table"'
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_shutdown_leaves_a_mount_alone_as_long_as_its_server_answers(
+    tmp_path: Path, shell: str
+) -> None:
+    assert shut_down(tmp_path, shell, "exit 0", "") == ("", [])
+
+
+def test_a_mount_in_use_is_not_left_to_be_unmounted_before_its_users_have_ended(
+    tmp_path: Path,
+) -> None:
+    """Whoever looks at a mount twice has found somebody there; the stand-in of stat counts the looks."""
+    (tmp_path / "data").mkdir()
+    with subprocess.Popen(["sleep", "1"], cwd=tmp_path / "data") as user:
+        assert shut_down(tmp_path, "sh", 'echo >>"$stats.seen"', "") == ("", [])
+        assert user.poll() == 0
+    assert len((tmp_path / "stats.seen").read_text()) > 1
+
+
+def test_nothing_happens_when_the_unit_is_stopped_and_the_node_runs_on(tmp_path: Path) -> None:
+    assert shut_down(tmp_path, "sh", HANGS, "", manager="running") == ("", [])
+
+
+def test_a_busy_server_that_answers_others_is_not_given_up(tmp_path: Path) -> None:
+    others = (
+        f'if test -e "$stats.seen"; then {GONE}; else sed -i "s/ 231 1 0/ 231 2 0/" "$stats"; fi\n'
+    )
+    assert shut_down(tmp_path, "sh", f'{others}: >"$stats.seen"; {HANGS}', "") == ("", [])
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_shutdown_lets_go_of_a_mount_whose_server_is_silent(tmp_path: Path, shell: str) -> None:
+    said, calls = shut_down(tmp_path, shell, HANGS, GONE)
+    assert "gave no answer within 1 s" in said
+    assert calls == [f"-c -i -f {tmp_path}/data"]
+
+
+def test_a_mount_that_stays_in_use_is_taken_out_of_the_tree_at_last(tmp_path: Path) -> None:
+    lazily = f"case $* in *-l*) {GONE} ;; *) exit 32 ;; esac"
+    _, calls = shut_down(tmp_path, "sh", HANGS, lazily)
+    assert calls == [f"-c -i -f {tmp_path}/data", f"-c -i -f -l {tmp_path}/data"]
+
+
+def test_what_errors_do_not_end_is_killed_and_nobody_else(tmp_path: Path) -> None:
+    for name in ("data", "data-two"):
+        (tmp_path / name).mkdir()
+    with (tmp_path / "data/log").open("w") as log:
+        user, writer, other = (
+            subprocess.Popen(["sleep", "30"], cwd=tmp_path / place, stdout=out)
+            for place, out in (("data", None), ("", log), ("data-two", None))
+        )
+    try:
+        tries = shutdown.ERRORS + 1
+        _, calls = shut_down(
+            tmp_path,
+            "sh",
+            HANGS,
+            f"test $(wc -l <{tmp_path}/log) -lt {tries} || {GONE}",
+            str(tries),
+        )
+        assert len(calls) == tries
+        assert (user.wait(5), writer.wait(5), other.poll()) == (-9, -9, None)
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_a_mount_that_is_not_of_nfs_is_not_touched(tmp_path: Path) -> None:
+    assert shut_down(tmp_path, "sh", HANGS, "", kind="ext4") == ("", [])
+
+
+def test_units_of_a_mount_are_named_as_systemd_does() -> None:
+    assert shutdown.escaped("/data") == "data"
+    assert shutdown.escaped("/mnt/my-disk/.a+b") == r"mnt-my\x2ddisk-.a\x2bb"
+    assert shutdown.escaped("/.x") == r"\x2ex"
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_the_probe_tells_what_lets_a_shutdown_go_on(tmp_path: Path, shell: str) -> None:
+    places = {
+        path: f"{tmp_path}/{name}"
+        for name, path in (
+            ("s", shutdown.SCRIPT_FILE),
+            ("u", shutdown.UNIT_FILE),
+            ("l", shutdown.LINK),
+        )
+    }
+    (tmp_path / "systemctl").write_text('#!/bin/sh\nexec test -e "${0%/*}/active"\n')
+    (tmp_path / "systemctl").chmod(0o755)
+    text = f"PATH={tmp_path}:$PATH\n{shutdown.SHOW}"
+    for path, here in places.items():
+        text = text.replace(path, here)
+    assert sh(text, shell).stdout == ""
+    (tmp_path / "s").write_text(shutdown.SCRIPT)
+    (tmp_path / "u").write_text("unit\n")
+    assert sh(text, shell).stdout == f"shutdown {shutdown.digest('unit' + chr(10))} no\n"
+    (tmp_path / "l").symlink_to("u")
+    assert sh(text, shell).stdout.endswith(" no\n"), "this shutdown would not run it"
+    (tmp_path / "active").touch()
+    assert sh(text, shell).stdout == f"shutdown {shutdown.digest('unit' + chr(10))} yes\n"
+    seen = parse("token \nmanager apt\nclient yes\naccess absent\nshutdown abc yes\nend")
+    assert (seen.shutdown, seen.ready) == ("abc", True)
