@@ -37,6 +37,8 @@ ATTEMPTS = 2
 """Files that arrive with another content are asked for once more."""
 SECONDS = 48 * 3600
 """Time limit of what reads or moves a whole directory."""
+LOCK = "lock"
+"""In the folder where files arrive: held while a node takes them."""
 OPTIONS = (
     *("rsync", "-tp", "--chmod=Du+rwx,Fu+rw", "--from0", "--inplace", "--timeout=60"),
     *("--info=progress2", "--no-human-readable", "--outbuf=N"),
@@ -287,7 +289,8 @@ def _taken(node: Host, step: Mirror, told: _Progress, command: str, opening: str
     """
     said = quote(f"{step.landing}/said")
     script = (
-        f"{opening}cd /\n{command} >{said} 2>{said}.err && exit 0\n"
+        # Of a run that was killed, rsync goes on here: a lock tells the next one.
+        f"{opening}cd /\nexec 7>{quote(f'{step.landing}/{LOCK}')}\nflock -n 7 || exit 1\n{command} >{said} 2>{said}.err && exit 0\n"
         f"{{ grep -v '^rsync error' {said}.err; cat {said}.err; }} | grep . | head -n 1 >&2\nexit 1"
     )
     taking = gevent.spawn(why_failed, node, script, SECONDS)

@@ -7,6 +7,7 @@ listing, which needs no file opened. Nothing here depends on Python: nodes need 
 
 from __future__ import annotations
 
+from roles.core.mirror import LOCK
 from roles.core.steps import settled
 
 SOURCE, MANIFEST, WANTED = "source", "manifest", "wanted"
@@ -146,7 +147,11 @@ if ! test -f {MANIFEST}; then
   if test -n "$other"; then
     no "$place/$other was not brought there, and would be lost: move it away, and converge again"; fi
 fi
-cd "$landing"; mkdir -p files; cd files
+cd "$landing"
+exec 7>{LOCK}
+flock -n 7 || no "files of $name still arrive, by a run that was ended: wait for them, and converge again"
+exec 7>&-
+mkdir -p files; cd files
 find . -type f -links +1 -exec rm -f {{}} +  # what took its place before a power cut
 find . -type f -printf '%s\t%P\n' >"$notes/arrived"
 awk -F '\t' 'part == 1 {{ keep[$0] = 1; next }} !($2 in keep) {{ print $2 }}' part=1 "$notes/lacking" part=2 "$notes/arrived" |

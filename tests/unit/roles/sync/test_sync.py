@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shlex
@@ -377,6 +378,17 @@ def test_a_transfer_that_broke_off_goes_on_from_what_arrived(
     assert site.files("node1") == FILES
     place = site.place("node1")
     assert [(place / name).stat().st_ino for name in ("a.txt", "part/b c.bin")] == inodes
+
+
+def test_files_that_a_killed_run_still_brings_are_waited_for(site: Site, corpus: Path) -> None:
+    arriving = site.folder / "node1/data/.corpus.arriving"
+    arriving.mkdir()
+    with (arriving / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(session.NodeFailed, match="still arrive, by a run that was ended: wait"):
+            site.converge("node1")
+    site.converge("node1")
+    assert site.files("node1") == FILES
 
 
 def test_a_power_cut_while_files_take_their_place_costs_none_of_them(
