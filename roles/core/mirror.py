@@ -205,7 +205,10 @@ def _bring(
     told = _Progress(node, step.name, size)
     if node.name == step.giver:
         command = [*OPTIONS, f"--files-from={step.paths}", f"{step.directory}/"]
-        _taken(node, step, told, shlex.join([*command, f"{step.landing}/files/"]))
+        try:
+            _taken(node, step, told, shlex.join([*command, f"{step.landing}/files/"]))
+        except relay.Refused as error:
+            raise session.NodeFailed(f"{step.name} could not be copied: {error}") from None
         return step.giver
     while True:
         giver = spread.claim(node.name, refused)
@@ -247,7 +250,7 @@ def _ssh(node: Host) -> str:
     options = [
         *UNATTENDED_SSH,
         f'UserKnownHostsFile="{data.ssh_known_hosts_file}"',
-        "StrictHostKeyChecking=accept-new",
+        "StrictHostKeyChecking=yes",
     ]
     words = ["ssh", "-T", "-p", str(data.ssh_port)]
     words += [word for option in options for word in ("-o", option)]
@@ -263,10 +266,8 @@ def bracketed(address: str) -> str:
 
 def _from_node(node: Host, step: Mirror, spread: Spread, giver: str, told: _Progress) -> None:
     """Have the node take it from another one. Raises Refused, or NodeFailed where the taker is dead."""
-    ssh = spread.places[giver].ssh
-    root = (
-        "sudo -n" if ssh.sudo is True else ""
-    )  # with a password it reads what the login user may read
+    # Where sudo asks for a password, it reads what the login user may read.
+    root = "sudo -n" if spread.places[giver].ssh.sudo is True else ""
     gift = f"root={quote(root)} tree={quote(spread.place(giver))}{GIVE}"
     host = node.state.inventory.get_host(giver)
     with relay.entered(gift, host, node, spread.places, "true") as way:
@@ -277,7 +278,7 @@ def _from_node(node: Host, step: Mirror, spread: Spread, giver: str, told: _Prog
             node,
             step,
             told,
-            f'{command} -e "{way.ssh}" {remote} {quote(f"{step.landing}/files/")}',
+            f'{command} -e "{way.ssh}" {quote(remote)} {quote(f"{step.landing}/files/")}',
             way.opening,
         )
 
@@ -290,7 +291,8 @@ def _taken(node: Host, step: Mirror, told: _Progress, command: str, opening: str
     said = quote(f"{step.landing}/said")
     script = (
         # Of a run that was killed, rsync goes on here: a lock tells the next one.
-        f"{opening}cd /\nexec 7>{quote(f'{step.landing}/{LOCK}')}\nflock -n 7 || exit 1\n{command} >{said} 2>{said}.err && exit 0\n"
+        f"{opening}cd /\nexec 7>{quote(f'{step.landing}/{LOCK}')}\nflock -n 7 || exit 1\n"
+        f"{command} >{said} 2>{said}.err && exit 0\n"
         f"{{ grep -v '^rsync error' {said}.err; cat {said}.err; }} | grep . | head -n 1 >&2\nexit 1"
     )
     taking = gevent.spawn(why_failed, node, script, SECONDS)

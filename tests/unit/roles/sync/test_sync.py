@@ -255,6 +255,23 @@ def test_a_node_that_gives_from_elsewhere_has_it_in_place_too(site: Site) -> Non
     assert ("node1", "node1") not in site.given
 
 
+def test_a_copy_on_the_node_itself_that_fails_is_one_sentence(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.write(site.folder / "node1/srv/models")
+    site.declare(models=f"node1:{site.at}/srv/models")
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "rsync").write_text(
+        "#!/bin/sh\necho 'rsync: write failed: No space left' >&2\necho 'rsync error: code 11' >&2\nexit 11\n"
+    )
+    (tools / "rsync").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    with pytest.raises(session.NodeFailed) as caught:
+        site.converge("node1")
+    assert str(caught.value) == "models could not be copied: rsync: write failed: No space left"
+
+
 def test_what_the_origin_changed_or_lost_follows_and_only_that_travels(
     site: Site, corpus: Path
 ) -> None:
