@@ -7,11 +7,13 @@ particular role.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -78,6 +80,7 @@ class Run:
         """The run that belongs to pyinfra's state; a new state (a test) has a new one."""
         if state not in cls._runs:
             cls._runs[state] = cls(asked(registry.declared(), state), registry.ROLES)
+            _found_as_module(state.current_deploy_filename)
             for node in state.failed_hosts:
                 session.say(
                     node,
@@ -496,6 +499,18 @@ def _may_follow(run: Run, role: AnyRole, node: Host) -> bool:
         return any(run.looks.drift(known, node) for known in needed)
     except (Unreadable, session.NodeFailed):
         return False  # the needed role's own operation reports it
+
+
+def _found_as_module(deploy: str | None) -> None:
+    """Give the deploy file, which pyinfra executes as text, an entry among the modules.
+
+    For the order of operations pyinfra has ``inspect`` look at every frame, for each role and node. A file that
+    is no module's is searched for among all modules each time, which is half of an operation's cost.
+    """
+    if deploy is not None:
+        module = ModuleType(f"lockstep_{Path(deploy).stem}")
+        module.__file__ = str(Path(deploy).absolute())
+        sys.modules.setdefault(module.__name__, module)
 
 
 def _always() -> bool:

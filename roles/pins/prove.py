@@ -18,6 +18,7 @@ import re
 import sys
 import sysconfig
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -67,14 +68,11 @@ def unmet(
     interpreter. What cannot be read as a requirement is left out, as pip does.
     """
     found = []
-    markers = {**(environment or {}), "extra": ""}
+    markers = tuple({**(environment or {}), "extra": ""}.items())
     for name, one in sorted(installed.items()):
         for text in one.requires:
-            try:
-                requirement = Requirement(text)
-                if requirement.marker and not requirement.marker.evaluate(markers):
-                    continue
-            except ValueError:
+            requirement = _asked(text, markers)
+            if requirement is None:
                 continue
             required = normal(requirement.name)
             there = installed.get(required)
@@ -83,6 +81,17 @@ def unmet(
                 have = there.version if there else ""
                 found.append(Unmet(name, one.version, plain, required, have))
     return found
+
+
+@lru_cache(maxsize=None)  # noqa: UP033  (Python 3.8 has no cache)
+def _asked(text: str, markers: tuple[tuple[str, str], ...]) -> Requirement | None:
+    """What is required there, read once for a run; None where nothing is, or where it cannot be read."""
+    try:
+        requirement = Requirement(text)
+        applies = requirement.marker is None or requirement.marker.evaluate(dict(markers))
+    except ValueError:
+        return None
+    return requirement if applies else None
 
 
 def _meets(requirement: Requirement, version: str) -> bool:

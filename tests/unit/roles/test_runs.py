@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -162,6 +165,17 @@ def test_roles_are_brought_right_and_a_second_run_sends_each_node_one_command(la
     Recorded.ran.clear()
     assert not failed(lab.run(*roles))
     assert {node: len(ran) for node, ran in Recorded.ran.items()} == {"node1": 1, "node2": 1}
+
+
+def test_the_deploy_file_is_found_among_the_modules_at_once(tmp_path: Path) -> None:
+    """pyinfra has every frame looked up, at each operation."""
+    deploy = tmp_path / "all.py"
+    converging._found_as_module(str(deploy))
+    frames: list[FrameType] = []
+    exec(compile("take()", deploy, "exec"), {"take": lambda: frames.append(sys._getframe(1))})
+    module = inspect.getmodule(frames[0])
+    assert module is not None and module.__file__ == str(deploy)
+    del sys.modules[module.__name__]
 
 
 def test_every_node_registers_the_same_operations_in_the_same_order(lab: Lab) -> None:
