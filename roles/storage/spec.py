@@ -236,6 +236,15 @@ class StorageSpec(Spec):
                     f"{path!r} cannot be mounted by NFS here: use letters, digits and . _ + @ - alone, "
                     "between single slashes",
                 )
+        before: dict[str, str] = {}
+        for index, option in enumerate(self.options):
+            word = option.partition("=")[0].removeprefix("no")
+            if word in before:
+                yield (
+                    f"options[{index}]",
+                    f"{option!r} is said another time by {before[word]!r}: keep one of them",
+                )
+            before[word] = option
         yield from self._server_problems(cluster)
 
     def _server_problems(self, cluster: Cluster) -> Iterable[tuple[str, str]]:

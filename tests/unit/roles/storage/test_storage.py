@@ -450,6 +450,8 @@ def refusals(**declared: Any) -> dict[str, str]:
         ({"path": "/my data"}, "path", "cannot be mounted by NFS here"),
         ({"path": "/data//x"}, "path", "between single slashes"),
         ({"export": "/data/./x"}, "export", "cannot be mounted by NFS here"),
+        ({"options": ["rsize=8192", "rsize=65536"]}, "options[1]", "said another time by 'rsize=8192'"),
+        ({"options": ["nolock", "noatime", "lock"]}, "options[2]", "keep one of them"),
         ({"kind": "existing"}, "server", "belongs to kind: nfs"),
     ],
 )  # fmt: skip
