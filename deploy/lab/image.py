@@ -194,11 +194,13 @@ def build(directory: Path, host: Host, family: Family, kind: Kind, log: Path) ->
     in_memory = available_memory(Path("/proc/meminfo").read_text()) > 2 * MEMORY_BYTES
     target = make_directory(directory / "memory") / "root" if in_memory else root
     packages: tuple[str, ...] = PACKAGES
+    dpkg_options: tuple[str, ...] = DPKG_OPTIONS
     if kind == "vm":
         packages += machine_image.PACKAGES
+        dpkg_options += machine_image.DPKG_OPTIONS
     elif family == "rpm":
         packages += rpm_image.PACKAGES
-    argv = mmdebstrap_argv(host, packages, target, sources, lists)
+    argv = mmdebstrap_argv(host, packages, dpkg_options, target, sources, lists)
     if in_memory:
         size = f"size={MEMORY_BYTES}"
         argv = ["sh", "-ec", IN_MEMORY, "sh", size, str(target.parent), str(root), *argv]
@@ -217,7 +219,12 @@ def build(directory: Path, host: Host, family: Family, kind: Kind, log: Path) ->
 
 
 def mmdebstrap_argv(
-    host: Host, packages: Collection[str], target: Path, sources: Path, lists: Path
+    host: Host,
+    packages: Collection[str],
+    dpkg_options: Collection[str],
+    target: Path,
+    sources: Path,
+    lists: Path,
 ) -> list[str]:
     """The command that makes the system. lists: where a copy of apt's package lists is left."""
     options = [*host.apt_options, 'Acquire::Languages "none";']
@@ -227,7 +234,7 @@ def mmdebstrap_argv(
         *("mmdebstrap", "--mode=root", "--variant=minbase", "--format=directory"),
         f"--include={','.join(packages)}",
         f"--architectures={host.architecture}",
-        *(f"--dpkgopt={option}" for option in DPKG_OPTIONS),
+        *(f"--dpkgopt={option}" for option in dpkg_options),
         *(f"--aptopt={option}" for option in options),
         f'--customize-hook=cp -a "$1/var/lib/apt/lists" {shlex.quote(str(lists))}',
         *("--skip=cleanup/reproducible", host.suite, str(target), str(sources)),

@@ -25,10 +25,25 @@ PACKAGES = (
     "qemu-guest-agent",
     "tiny-initramfs",
     "cpio",
+    *("dkms", "linux-headers-amd64"),
 )
-"""Beyond those of a container. tiny-initramfs takes the place of initramfs-tools, which works for minutes."""
+"""Beyond those of a container. tiny-initramfs takes the place of initramfs-tools, which works for minutes, and
+so does an emulated processor on what compiles modules: it is there already."""
 
-ENABLED = ("systemd-networkd.service", "ssh.service", "lockstep-lab-agent.service")
+DPKG_OPTIONS = tuple(
+    f"path-exclude=/lib/modules/*/kernel/{name}/*"
+    for name in (
+        *("sound", "drivers/gpu", "drivers/media", "drivers/iio", "drivers/staging"),
+        *("drivers/scsi", "drivers/usb", "drivers/input", "drivers/hwmon"),
+        *("drivers/net/ethernet", "drivers/net/wireless", "drivers/infiniband"),
+    )
+)
+"""Drivers of what no machine here has: a kernel without them is installed in a part of the time, an upgrade too."""
+
+ENABLED = (
+    *("systemd-networkd.service", "ssh.service"),
+    *("lockstep-lab-agent.service", "lockstep-lab-gpu.service"),
+)
 
 MASKED = (
     "qemu-guest-agent.service",
@@ -93,10 +108,34 @@ $b umount /proc /sys
 exec $b switch_root /root /sbin/init
 """
 
+GPU = """\
+#!/bin/sh
+# A stand-in for a GPU: a tree in the place of the PCI bus shows one device more, whose driver is loaded at
+# boot, where there is one, as udev loads a real GPU's.
+set -e
+bus=/run/lockstep-lab/pci
+gpu=$bus/0000:01:00.0
+mkdir -p $gpu
+for device in /sys/bus/pci/devices/*; do ln -s "$(readlink -f "$device")" $bus/; done
+echo 0x10de >$gpu/vendor
+echo 0x20b0 >$gpu/device
+echo 0x030200 >$gpu/class
+mount --bind $bus /sys/bus/pci/devices
+modprobe -q nvidia || :
+"""
+
 FILES = {
     "etc/apt/sources.list": "",
     "usr/lib/lockstep-lab/init": INIT.replace("{repository}", MOUNTED_AT),
     "usr/lib/lockstep-lab/initrd": MAKE_INITRD.replace("{modules}", " ".join(MODULES)),
+    # What makes it again is asked by its usual name.
+    "usr/sbin/update-initramfs": '#!/bin/sh\n# usage: update-initramfs -u -k VERSION\nexec sh /usr/lib/lockstep-lab/initrd "$3"\n',
+    "usr/lib/lockstep-lab/gpu": GPU,
+    "etc/systemd/system/lockstep-lab-gpu.service": (
+        "[Unit]\nDescription=A stand-in for a GPU\n\n"
+        "[Service]\nType=oneshot\nRemainAfterExit=yes\nExecStart=/usr/lib/lockstep-lab/gpu\n\n"
+        "[Install]\nWantedBy=multi-user.target\n"
+    ),
     # In the place of tiny-initramfs' own hook: what the machine's disks and devices need.
     "etc/kernel/postinst.d/tiny-initramfs": '#!/bin/sh\nexec sh /usr/lib/lockstep-lab/initrd "$@"\n',
     # Works while the rest of the boot hangs, so that the lab can look at why.
@@ -119,12 +158,18 @@ FILES = {
         "[Service]\nExecStart=\nExecStart=-/sbin/agetty --autologin root --keep-baud 115200 %I linux\n"
     ),
 }  # fmt: skip
-EXECUTABLE = ("etc/kernel/postinst.d/tiny-initramfs", "usr/lib/lockstep-lab/init")
+EXECUTABLE = (
+    "etc/kernel/postinst.d/tiny-initramfs",
+    "usr/lib/lockstep-lab/init",
+    "usr/lib/lockstep-lab/gpu",
+    "usr/sbin/update-initramfs",
+)
 
 
 def content() -> list[Any]:
     """What decides the image beside what all images have."""
-    return [RECIPE, DISK, *(list(part) for part in (PACKAGES, ENABLED, MASKED, EXECUTABLE)), FILES]
+    parts = (PACKAGES, DPKG_OPTIONS, ENABLED, MASKED, EXECUTABLE)
+    return [RECIPE, DISK, *(list(part) for part in parts), FILES]
 
 
 def to_disk(directory: Path, log: Path) -> None:

@@ -2,7 +2,8 @@
 
 libnccl2 and libnccl-dev hold a library whose ``ncclGetVersion`` answers truly, and nothing that could
 communicate. They are built with the C compiler of this machine; without one there are none.
-nvidia-dkms holds the source of a module that really compiles, and does nothing.
+nvidia-dkms holds the source of a module that really compiles and can be loaded; then it says its version in
+/proc/driver/nvidia/version, as the real one does, and does nothing else.
 """
 
 from __future__ import annotations
@@ -57,8 +58,23 @@ clean:
 """,
     "nvidia.c": """\
 #include <linux/module.h>
-static int __init begin(void) {{ return 0; }}
-static void __exit end(void) {{ }}
+#include <linux/proc_fs.h>
+#include <linux/seq_file.h>
+static int show(struct seq_file *to, void *unused)
+{{
+	seq_puts(to, "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  {version}  (stand-in)\\n");
+	return 0;
+}}
+static struct proc_dir_entry *folder;
+static int __init begin(void)
+{{
+	folder = proc_mkdir("driver/nvidia", NULL);
+	if (!folder)
+		return -ENOMEM;
+	proc_create_single("version", 0444, folder, show);
+	return 0;
+}}
+static void __exit end(void) {{ proc_remove(folder); }}
 module_init(begin);
 module_exit(end);
 MODULE_LICENSE("Dual MIT/GPL");

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from deploy.lab import faults
 from deploy.lab.faults import Fault
-from deploy.lab.state import Family
+from deploy.lab.state import Family, Kind
 from roles import registry
 from roles.core.look import AnyRole
 from roles.core.role import required
@@ -40,9 +40,16 @@ class Case:
         return self.name.partition("/")[0]
 
     @property
+    def slug(self) -> str:
+        return self.name.partition("/")[2]
+
+    @property
     def lies_on(self) -> frozenset[str]:
-        """The nodes that it breaks."""
-        return frozenset(NODES if self.fault.node == "all" else [self.node])
+        """The nodes on which verify names it."""
+        everywhere = frozenset(NODES)
+        if self.fault.shows == "others":
+            return everywhere - {self.node}
+        return everywhere if self.fault.node == "all" else frozenset([self.node])
 
 
 @dataclass(frozen=True)
@@ -61,19 +68,19 @@ class Row:
     changes: int
 
 
-def rehearsed() -> dict[str, Fault]:
-    """The faults of containers, but those of APART."""
+def rehearsed(kind: Kind = "container") -> dict[str, Fault]:
+    """The faults, but those of APART. kind: "vm" for those that need machines, and "container" for all others."""
     return {
         name: each
         for name, each in faults.read().items()
-        if "container" in each.kind and name.partition("/")[0] not in APART
+        if each.least == kind and name.partition("/")[0] not in APART
     }
 
 
-def cases(nodes: Mapping[str, Family] = NODES) -> list[Case]:
+def cases(nodes: Mapping[str, Family] = NODES, kind: Kind = "container") -> list[Case]:
     """Every such fault once on each family that has a node where it can be injected. The head comes first."""
     found: list[Case] = []
-    for name, fault in rehearsed().items():
+    for name, fault in rehearsed(kind).items():
         for family in fault.os:
             fitting = [
                 node
@@ -111,9 +118,8 @@ def shares() -> tuple[list[Case], list[Case], list[Case]]:
 
 def plan(every: Sequence[Case]) -> list[list[Case]]:
     """The cases in loops, none of which has two that could hide each other."""
-    left = sorted(
-        every, key=lambda case: not _role(case).crossing
-    )  # of a role of them, a loop has but one
+    # Of a role that crosses nodes a loop has but one; what a user must mend costs a run more, so it lies together.
+    left = sorted(every, key=lambda case: (case.fault.mend is None, not _role(case).crossing))
     found: list[list[Case]] = []
     while left:
         row: list[Case] = []
@@ -135,9 +141,12 @@ def label(broken: Sequence[Case]) -> str:
 def _apart(one: Case, other: Case) -> bool:
     """Whether verify names both, and one run repairs both.
 
-    On both nodes lies a role's same fault or none; of what is proved between nodes, a role breaks on one alone.
+    Of a role lies the same fault on both nodes, or such as show beside each other; of what is proved between
+    nodes, a role breaks on one alone.
     """
     if one.role == other.role:
+        if other.slug in one.fault.beside or one.slug in other.fault.beside:
+            return True
         return one.name == other.name and one.node != other.node and not _role(one).crossing
     return not _hides(one, other) and not _hides(other, one)
 
@@ -159,6 +168,7 @@ def _role(case: Case) -> AnyRole:
 def cycle(site: Site, broken: Sequence[Case]) -> list[Row]:
     """Break, verify, converge once, verify, converge again; a row for each case.
 
+    What the user must mend is mended before that run, after one that tells so.
     Raises AssertionError where a fault is not found under its id, a role has a finding where it is not
     broken, one run does not repair, or the second run changes something; the nodes are converged once more
     then, so that the next loop fails for causes of its own alone.
@@ -181,8 +191,9 @@ def _loop(site: Site, broken: Sequence[Case]) -> list[Row]:
     expected = {(node, case.role, case.fault.id) for case in broken for node in case.lies_on}
     assert report["verdict"] == "drift", report
     assert expected <= found, f"not named: {sorted(expected - found)}, but {sorted(found)}"
-    innocent = {wrong for wrong in found if not _may_show(*wrong[:2], broken)}
+    innocent = {wrong for wrong in found if not may_show(*wrong[:2], broken)}
     assert not innocent, f"named, but not broken: {sorted(innocent)}"
+    _by_hand(site, broken)
     start = time.monotonic()
     site.converge()
     repair = time.monotonic() - start
@@ -197,8 +208,27 @@ def _loop(site: Site, broken: Sequence[Case]) -> list[Row]:
     ]
 
 
-def _may_show(node: str, role: str, broken: Sequence[Case]) -> bool:
-    """Whether one of the cases explains a finding; what crosses nodes may show on any of them."""
-    return any(
-        case.role == role and (node in case.lies_on or _role(case).crossing) for case in broken
+def _by_hand(site: Site, broken: Sequence[Case]) -> None:
+    """Have a run refuse what it cannot repair, in a sentence, and do what the user is told to do."""
+    left = [case for case in broken if case.fault.mend is not None]
+    if not left:
+        return
+    done = site.pyinfra("deploy/cluster.py", "-y")
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-4000:]
+    for case in left:
+        assert case.fault.id in done.stderr, f"{case.fault.id}: {done.stderr[-4000:]}"
+        site.shell(case.node, str(case.fault.mend))
+
+
+def may_show(node: str, role: str, broken: Sequence[Case]) -> bool:
+    """Whether one of the cases explains a finding; what crosses nodes may show on any of them.
+
+    So may what roles of one section do for each other: a server that is gone is silence to its clients.
+    """
+    judged = next((each for each in registry.ROLES if each.name == role), None)
+    return judged is not None and any(
+        case.role in judged.needs and _role(case).key == judged.key
+        if case.role != role
+        else node in case.lies_on or judged.crossing
+        for case in broken
     )

@@ -38,14 +38,20 @@ class Fault(Strict):
     os: the families of nodes on which it can be injected.
     kind: the kinds of nodes on which it can be; a clock, a module or a limit of its own needs a machine.
     node: any node, the head (the lab's node1) or a worker alone, or "all": it lies on all at once.
+    shows: where verify names it: on the node itself, or on the others, which have what it serves.
+    beside: slugs of faults of the same role that it does not hide on one node, nor they it.
     script: shell, run as root with ``sh -e`` on the node; one text, or one for each family.
+    mend: shell for the same node: what its finding tells the user to do, where no run repairs it.
     """
 
     id: Id
     os: tuple[Family, ...] = FAMILIES
     kind: tuple[Kind, ...] = KINDS
     node: Literal["any", "head", "worker", "all"] = "any"
+    shows: Literal["itself", "others"] = "itself"
+    beside: tuple[Slug, ...] = ()
     script: Script | dict[Family, Script] = Field(alias="break")
+    mend: Script | None = None
 
     @model_validator(mode="after")
     def _scripts_of_its_families(self) -> Fault:
@@ -60,6 +66,11 @@ class Fault(Strict):
     def on(self, family: Family) -> str:
         """The script for a node of that family, one of ``os``."""
         return self.script if isinstance(self.script, str) else self.script[family]
+
+    @property
+    def least(self) -> Kind:
+        """The kind of nodes that costs least of those on which it can be injected."""
+        return next(kind for kind in KINDS if kind in self.kind)
 
     def fits(self, number: int) -> bool:
         """Whether it can be injected on the node of that number; 1 is the head."""

@@ -17,7 +17,7 @@ from deploy.lab.processes import Process
 from deploy.lab.state import ROOT, Paths, Record
 from roles import registry
 from roles.core.role import required
-from tests.lab.cycle import cases, plan, rehearsed, sample, shares
+from tests.lab.cycle import cases, may_show, plan, rehearsed, sample, shares
 from tests.lab.site import MIRRORED, OS, nodes_of
 
 EITHER = {"id": "pdsh-owner", "break": "true"}
@@ -86,11 +86,18 @@ def test_every_role_has_faults_and_each_names_a_finding_of_that_role() -> None:
 @pytest.mark.parametrize("name", sorted(faults.read()))
 def test_every_script_is_shell(name: str) -> None:
     fault = faults.read()[name]
-    for family in fault.os:
+    for script in [*map(fault.on, fault.os), fault.mend or ":"]:
         done = subprocess.run(
-            ["sh", "-n", "-c", fault.on(family)], capture_output=True, text=True, check=False
+            ["sh", "-n", "-c", script], capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stderr
+
+
+def test_what_shows_beside_a_fault_is_another_of_its_role() -> None:
+    known = faults.read()
+    for name, fault in known.items():
+        role = name.partition("/")[0]
+        assert {f"{role}/{slug}" for slug in fault.beside} <= set(known) - {name}, name
 
 
 def test_the_list_for_scripts_has_name_families_and_finding(
@@ -226,6 +233,56 @@ def test_what_is_tried_together_cannot_hide_each_other() -> None:
             assert not ({other.role for other in others} | crossing) & set(bases)
     names = [{case.role for case in row} for row in plan(cases(nodes_of("mixed")))]
     assert not [row for row in names if {"hosts", "ssh"} <= row or {"packages", "time"} <= row]
+
+
+def test_machines_try_what_needs_them_and_containers_try_the_rest() -> None:
+    machines = {case.name for case in cases(nodes_of("debian"), "vm")}
+    containers = {case.name for share in shares() for case in share}
+    assert machines | containers == set(faults.read()) and not machines & containers
+    assert {"exports/server-stopped", "time/skewed", "driver/kernel-upgraded"} <= machines
+
+
+def test_faults_of_one_role_lie_together_only_where_they_say_so() -> None:
+    rows = plan(cases(nodes_of("debian"), "vm"))
+    assert len(rows) < len({case.name for row in rows for case in row})
+    together = [{case.slug for case in row if case.role == "storage"} for row in rows]
+    assert {"full", "replaced"} in together and {"automount-stopped", "fstab-removed"} in together
+    roles = {role.name: role for role in registry.ROLES}
+    for row in rows:
+        assert len({case.role for case in row if roles[case.role].crossing}) <= 1
+        for node in nodes_of("debian"):
+            assert len([case for case in row if node in case.lies_on]) <= 2
+        for name in {case.role for case in row}:
+            same = [case for case in row if case.role == name]
+            assert all(
+                one is other or other.slug in one.fault.beside or one.slug in other.fault.beside
+                for one in same
+                for other in same
+            )
+
+
+def test_what_a_user_must_mend_is_mended_in_one_loop() -> None:
+    rows = plan(cases(nodes_of("debian"), "vm"))
+    by_hand = [row for row in rows if any(case.fault.mend for case in row)]
+    assert len(by_hand) == 1 and len([case for case in by_hand[0] if case.fault.mend]) == 2
+
+
+@pytest.mark.parametrize(
+    ("node", "role", "may"),
+    [
+        ("node1", "exports", True),
+        ("node2", "exports", False),
+        ("node2", "storage", True),
+        ("node2", "time", False),
+        ("node2", "node", False),
+    ],
+)
+def test_a_server_that_is_broken_explains_its_clients_silence_and_nothing_else(
+    node: str, role: str, may: bool
+) -> None:
+    every = cases(nodes_of("debian"), "vm")
+    stopped = [case for case in every if case.name == "exports/server-stopped"]
+    assert may_show(node, role, stopped) is may
 
 
 def test_the_sample_has_each_role_on_each_family_where_it_has_a_fault() -> None:

@@ -210,7 +210,7 @@ def test_what_only_machines_have_changes_only_their_image(
     assert after[0] == before[0] and after[1] != before[1]
 
 
-@pytest.mark.parametrize("name", ["usr/lib/lockstep-lab/init", "usr/lib/lockstep-lab/initrd"])
+@pytest.mark.parametrize("name", [*machine_image.EXECUTABLE, "usr/lib/lockstep-lab/initrd"])
 def test_the_scripts_of_the_image_are_shell(name: str) -> None:
     done = subprocess.run(
         ["sh", "-n", "-c", machine_image.FILES[name]], capture_output=True, text=True
@@ -335,3 +335,30 @@ def test_an_agent_s_refusal_is_no_answer(sockets: Path) -> None:
     Agent(sockets, {"guest-file-open": [refused]})
     with pytest.raises(agent.NoAnswer, match="failed to open file"):
         agent.read(sockets, "/proc/none")
+
+
+def test_the_stand_in_for_a_gpu_lies_beside_the_real_devices_of_the_bus(tmp_path: Path) -> None:
+    devices, real = tmp_path / "sys", tmp_path / "real/0000:00:01.0"
+    real.mkdir(parents=True)
+    devices.mkdir()
+    (devices / real.name).symlink_to(real)
+    for program in ("mount", "modprobe"):
+        (tmp_path / program).write_text(f'#!/bin/sh\necho {program} "$@"\n')
+        (tmp_path / program).chmod(0o755)
+    text = machine_image.GPU.replace("/sys/bus/pci/devices", str(devices))
+    script = text.replace("/run/lockstep-lab", str(tmp_path / "run"))
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = subprocess.run(["sh", "-c", script], env={"PATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    bus = tmp_path / "run/pci"
+    assert done.stdout == f"mount --bind {bus} {devices}\nmodprobe -q nvidia\n"
+    assert (bus / real.name).resolve() == real
+    assert (bus / "0000:01:00.0/vendor").read_text() == "0x10de\n"
+    assert (bus / "0000:01:00.0/class").read_text().startswith("0x0302")
+
+
+def test_a_kernel_on_a_machine_keeps_what_it_boots_with_and_leaves_other_drivers_out() -> None:
+    left_out = [option.split("/kernel/")[1].rstrip("*") for option in machine_image.DPKG_OPTIONS]
+    needed = ("fs/9p/", "fs/nfsd/", "fs/ext4/", "net/9p/", "drivers/virtio/", "drivers/block/")
+    assert left_out and not set(needed) & set(left_out)
+    assert not [name for name in left_out if "drivers/net/".startswith(name)]
