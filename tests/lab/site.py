@@ -193,16 +193,20 @@ class Site:
         assert not check or done.returncode == 0, f"{node}: {script}: {done.stdout}{done.stderr}"
         return done.stdout
 
+    def declared(self) -> dict[str, Any]:
+        """What the cluster file says."""
+        declared: dict[str, Any] = yaml.safe_load(self.cluster.read_text())
+        return declared
+
     def declare(self, **changes: Any) -> None:
         """Rewrite the cluster file with some top-level keys replaced."""
-        declared = yaml.safe_load(self.cluster.read_text())
         # By way of JSON no two keys share a value: YAML would write an alias.
-        alone = json.loads(json.dumps({**declared, **changes}))
+        alone = json.loads(json.dumps({**self.declared(), **changes}))
         self.cluster.write_text(yaml.safe_dump(alone, sort_keys=False))
 
     def prove_briefly(self) -> None:
         """Have an environment that was proved whole proved by little from now on."""
-        declared = yaml.safe_load(self.cluster.read_text())["environments"]
+        declared = self.declared()["environments"]
         self.declare(environments={"main": {**declared["main"], **BRIEF}})
         self.converge()
 
@@ -353,7 +357,7 @@ def _environments(site: Site) -> dict[str, Any]:
     download = ("pip", "download", "-q", "--no-deps", "-d", str(wheels), f"packaging=={PACKAGING}")
     fetched = site.run(sys.executable, "-m", *download)
     assert fetched.returncode == 0, fetched.stderr
-    declared: dict[str, Any] = yaml.safe_load(site.cluster.read_text())["environments"]
+    declared: dict[str, Any] = site.declared()["environments"]
     tool = shutil.copytree(TOOL, site.directory / TOOL.name)
     declared["main"] |= {
         "pins": {"packaging": PACKAGING},
@@ -374,6 +378,6 @@ def _fetch(site: Site) -> dict[str, Any]:
 
 def _limits(site: Site) -> dict[str, Any]:
     """The limits of ``lab up``, and what else can be declared; memory maps are the machine's own: shared."""
-    declared: dict[str, Any] = yaml.safe_load(site.cluster.read_text())["limits"]
+    declared: dict[str, Any] = site.declared()["limits"]
     maps = int(Path("/proc/sys/vm/max_map_count").read_text())
     return {**declared, "services": True, "tcp_retries2": 5, "max_map_count": maps}

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import pytest
-import yaml
 
 from deploy.lab.standins import DRIVER_VERSIONS
 from tests.lab.cycle import Case, cases, cycle, label, plan
@@ -100,7 +99,7 @@ def test_a_kernel_without_headers_boots_without_the_driver_until_one_run_builds_
     site: Site,
 ) -> None:
     case = next(case for case in CASES if case.name == UPGRADE)
-    nodes = yaml.safe_load(site.cluster.read_text())["nodes"]
+    nodes = site.declared()["nodes"]
     nodes[case.node]["gpu_class"] = "upgraded"  # which may have another kernel
     site.declare(nodes=nodes)
     with timed("another kernel installed"):

@@ -23,8 +23,8 @@ from inventory.base import Strict
 from inventory.sentences import nearest
 
 FOLDER = Path(__file__).parent
-SECONDS = 120
-"""Time limit of one fault's script."""
+SECONDS = 400
+"""Time limit of one fault's script; a machine unpacks a kernel for minutes."""
 
 Id = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
 Slug = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]+([.-][a-z0-9]+)*$")]
