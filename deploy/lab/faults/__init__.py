@@ -1,7 +1,8 @@
 """Faults to rehearse: what breaks on a real cluster, injected into a lab's node with ordinary tools.
 
 ``ROLE.yaml`` beside this file maps slugs to faults; a fault's name is ``ROLE/SLUG``. Nothing that looks
-at a node knows the lab: verify finds a fault as it would on any machine, and one run repairs it.
+at a node knows the lab: verify finds a fault as it would on any machine, and one run repairs it, once the
+user has done what only he can.
 """
 
 from __future__ import annotations
