@@ -238,7 +238,8 @@ def test_what_is_tried_together_cannot_hide_each_other() -> None:
 def test_machines_try_what_needs_them_and_containers_try_the_rest() -> None:
     machines = {case.name for case in cases(nodes_of("debian"), "vm")}
     containers = {case.name for share in shares() for case in share}
-    assert machines | containers == set(faults.read()) and not machines & containers
+    assert machines == set(rehearsed("vm")) and containers == set(rehearsed())
+    assert not machines & containers
     assert {"exports/server-stopped", "time/skewed", "driver/kernel-upgraded"} <= machines
 
 
@@ -247,11 +248,7 @@ def test_faults_of_one_role_lie_together_only_where_they_say_so() -> None:
     assert len(rows) < len({case.name for row in rows for case in row})
     together = [{case.slug for case in row if case.role == "storage"} for row in rows]
     assert {"full", "replaced"} in together and {"automount-stopped", "fstab-removed"} in together
-    roles = {role.name: role for role in registry.ROLES}
     for row in rows:
-        assert len({case.role for case in row if roles[case.role].crossing}) <= 1
-        for node in nodes_of("debian"):
-            assert len([case for case in row if node in case.lies_on]) <= 2
         for name in {case.role for case in row}:
             same = [case for case in row if case.role == name]
             assert all(
