@@ -24,7 +24,7 @@ from inventory.base import Strict
 from inventory.sentences import nearest
 
 FOLDER = Path(__file__).parent
-SECONDS = 400
+SECONDS = 550
 """Time limit of one fault's script; a machine unpacks a kernel for minutes."""
 
 Id = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
