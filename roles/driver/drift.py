@@ -78,7 +78,8 @@ def _work(wanted: Wanted, state: DriverState, kernel: Kernel) -> Work | None:
     module = state.modules.get(kernel.release)
     entry = next((e for e in here if e.stage.startswith("installed")), None)
     if entry is None:
-        stages = sorted({str(e) for e in here or known}) or ["not known to dkms"]
+        elsewhere = {f"{e} for {e.kernel}" if e.kernel else str(e) for e in known}
+        stages = sorted({str(e) for e in here} or elsewhere) or ["not known to dkms"]
         found = f"; the file there is {module.version or 'unreadable'}" if module else ""
         return Work(kernel, f"{', '.join(stages)}{found}", missing)
     if entry.altered or module is None:

@@ -100,7 +100,7 @@ def test_a_kernel_without_headers_boots_without_the_driver_until_one_run_builds_
 ) -> None:
     case = next(case for case in CASES if case.name == UPGRADE)
     nodes = site.declared()["nodes"]
-    nodes[case.node]["gpu_class"] = "upgraded"  # which may have another kernel
+    nodes[case.node] |= {"gpus": 1, "gpu_class": "upgraded"}  # which may have another kernel
     site.declare(nodes=nodes)
     with timed("another kernel installed"):
         done = site.lockstep("lab", "break", case.node, case.name)

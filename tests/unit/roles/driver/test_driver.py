@@ -227,6 +227,8 @@ def test_garbage_is_unreadable(text: str) -> None:
 def test_only_a_sound_entry_of_the_running_kernel_is_right(entry: Entry | None, id: str) -> None:
     state = replace(RIGHT, entries=(entry,) if entry else ())
     assert one(state).id == id
+    if entry is not None and entry.kernel == OLD:
+        assert one(state).seen.startswith(f"installed for {OLD}")
     (build, stamp) = steps(state)
     assert (
         f"name=nvidia version={V} kernel={K} rebuild=no" in build
