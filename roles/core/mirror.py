@@ -39,6 +39,8 @@ SECONDS = 48 * 3600
 """Time limit of what reads or moves a whole directory."""
 LOCK = "lock"
 """In the folder where files arrive: held while a node takes them."""
+LOCK_SECONDS = 90
+"""How long a node waits for files that still arrive by a connection that broke: rsync ends itself after 60."""
 OPTIONS = (
     *("rsync", "-tp", "--chmod=Du+rwx,Fu+rw", "--from0", "--inplace", "--timeout=60"),
     *("--info=progress2", "--no-human-readable", "--outbuf=N"),
@@ -122,14 +124,25 @@ class Spread:
             self._sha256 = hashlib.sha256(step.manifest.read_bytes()).hexdigest()
             return self._sha256
 
+    def doubt(self, node: Host, path: str) -> None:
+        """A file came from the origin with another content than its manifest says: it is read again next time."""
+        script = f"path={quote(path)}\n{self.step.doubt}"
+        if self.step.giver is None:
+            run_here(("sh", "-ec", script), lambda line: session.say(node, line))
+        else:
+            giver = node.state.inventory.get_host(self.step.giver)
+            session.run(giver, f"set -e\n{script}", SILENT_SECONDS)
+
     def claim(self, name: str, refused: set[str | None]) -> str | None:
         """The node that gives now, or None for the control machine; waits for one that is busy, or gets it all.
 
         A node nearest to the origin comes first. Raises NodeFailed where nobody is left.
         """
+        self._coming.discard(name)  # one that was refused, and waits here again, brings nothing
         while True:
             ready = [each for each in self._whole if each not in refused and each != name]
-            ready = ready if len(refused - {None}) < MOST_GIVERS else []
+            if len(refused - {None}) >= MOST_GIVERS:
+                ready = [each for each in ready if each == self.step.giver]
             free = next((each for each in ready if each not in self._busy), None)
             here = self.step.giver is None and None not in refused
             if free is not None or (here and not ready and not self._coming - {name}):
@@ -160,20 +173,24 @@ def mirror(node: Host, step: Mirror, spread: Spread) -> None:
         return
     manifest = Upload(step.manifest, step.wanted, sha256)
     upload(node, manifest, Chain(manifest, spread.places))
-    whole, refused = False, set[str | None]()
+    damaged: str | None = "?"
+    refused = set[str | None]()
     try:
-        whole = any(_tried(node, step, spread, refused) for _ in range(ATTEMPTS))
+        for _ in range(ATTEMPTS):
+            damaged = _tried(node, step, spread, refused)
+            if damaged is None:
+                break
     finally:
-        spread.over(node.name, whole)
-    if not whole:
+        spread.over(node.name, damaged is None)
+    if damaged is not None:
         raise session.NodeFailed(
-            f"files of {step.name} arrived with another content than they had when they were read: converge "
-            "again when nothing changes them"
+            f"files of {step.name}, such as {damaged}, arrived with another content than they had when they "
+            "were read: converge again when nothing changes them"
         )
 
 
-def _tried(node: Host, step: Mirror, spread: Spread, refused: set[str | None]) -> bool:
-    """Bring what the node lacks, and put it in place; False where the content of some files was wrong.
+def _tried(node: Host, step: Mirror, spread: Spread, refused: set[str | None]) -> str | None:
+    """Bring what the node lacks, and put it in place; a file whose content was wrong, or None where all is right.
 
     refused: who is not asked any more; gets who gave wrong content, but the origin.
     """
@@ -188,14 +205,14 @@ def _tried(node: Host, step: Mirror, spread: Spread, refused: set[str | None]) -
             )
             if giver != step.giver:
                 refused.add(giver)
-            return False
+            else:
+                spread.doubt(node, path)
+            return path
         case ["aside", number, where]:
             folder, _, path = where.partition(" ")
-            sentence = (
-                f"{number} files that were not brought there, such as {path}, lie in {folder} now"
-            )
+            sentence = f"{number} files that were not brought there, were edited, or are not at the origin any more, such as {path}, lie in {folder} now"
             session.say(node, f"{step.name}: {sentence}", "yellow")
-    return True
+    return None
 
 
 def _bring(
@@ -291,7 +308,8 @@ def _taken(node: Host, step: Mirror, told: _Progress, command: str, opening: str
     said = quote(f"{step.landing}/said")
     script = (
         # Of a run that was killed, rsync goes on here: a lock tells the next one.
-        f"{opening}cd /\nexec 7>{quote(f'{step.landing}/{LOCK}')}\nflock -n 7 || exit 1\n"
+        f"{opening}cd /\nexec 7>{quote(f'{step.landing}/{LOCK}')}\n"
+        f"flock -w {LOCK_SECONDS} 7 || {{ echo 'files of it still arrive by an earlier connection' >&2; exit 1; }}\n"
         f"{command} >{said} 2>{said}.err && exit 0\n"
         f"{{ grep -v '^rsync error' {said}.err; cat {said}.err; }} | grep . | head -n 1 >&2\nexit 1"
     )

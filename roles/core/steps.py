@@ -102,6 +102,7 @@ class Mirror:
     survey: shell for the node that writes what it lacks to ``paths`` (each ended by a NUL), and prints
     how many bytes and files that is. settle: shell for the node that checks what arrived and puts it in place;
     it prints ``damaged NUMBER PATH``, or ``aside NUMBER FOLDER PATH`` for what it moved away, or nothing.
+    doubt: shell for the origin, which notes that the hash of the file ``$path`` may be wrong in its manifest.
     whole: gives the names of nodes that have it all already.
     """
 
@@ -117,6 +118,7 @@ class Mirror:
     read: str
     survey: str
     settle: str
+    doubt: str
     whole: Callable[[], Iterable[str]] = field(default=tuple, compare=False)
 
 

@@ -20,7 +20,8 @@ TOKEN_FILE = "/var/lib/lockstep/storage-token"
 
 def token_file(spec: StorageSpec) -> str:
     """Where the node has its token; of storage that is its own, one for each path."""
-    return TOKEN_FILE + (spec.path.replace("/", "-") if spec.kind == "local" else "")
+    path = spec.path.replace("%", "%25").replace("-", "%2D").replace("/", "-")
+    return TOKEN_FILE + (path if spec.kind == "local" else "")
 
 
 TOKEN = re.compile(r"[0-9a-f]{16,64}")

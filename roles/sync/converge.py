@@ -13,7 +13,17 @@ from roles.storage.spec import StorageSpec
 from roles.sync.declared import Entry, entries
 from roles.sync.drift import pairs, right
 from roles.sync.probe import Seen, SyncState, given_by
-from roles.sync.scripts import DAMAGED, LIST, MANIFEST, READ, SETTLE, SOURCE, SURVEY, WANTED
+from roles.sync.scripts import (
+    DAMAGED,
+    DOUBTED,
+    LIST,
+    MANIFEST,
+    READ,
+    SETTLE,
+    SOURCE,
+    SURVEY,
+    WANTED,
+)
 
 
 def converge(
@@ -53,6 +63,7 @@ def mirror(target: Target[StorageSpec], entry: Entry, state: SyncState, peers: P
         ),
         survey=with_variables({**arriving, "keep": str(target.spec.free << 20)}, SURVEY),
         settle=with_variables({**arriving, "strays": entry.beside("strays")}, SETTLE),
+        doubt=with_variables({"notes": at}, DOUBTED),
         whole=partial(_whole, target, entry, state, peers),
     )
 
@@ -62,7 +73,7 @@ def _whole(
 ) -> Iterator[str]:
     """The other nodes that have it all already."""
     seen = state.seen.get(entry.key, Seen("absent"))
-    given = given_by(entry, target.node.name, seen, peers)
+    given = given_by(target, entry, seen, peers)
     for node in target.others:
         other = peers.get(node.name)
         there = other.seen.get(entry.key) if other is not None else None
@@ -81,11 +92,10 @@ umask 022
 # prove NAME NOTES MANIFEST PLACE: hashes of all files; what is wrong is noted where the next run can mend it.
 prove() {{
   test -f "$2/$3" && cd "$4" || return 0
-  awk -F '\t' '$2 == "f" {{ print $1 "  ./" $5 }}' "$2/$3" | sha256sum -c 2>/dev/null |
-    sed -n 's|^\./\(.*\): FAILED.*$|\1|p' >"$2/{DAMAGED}.new"
+  awk -F '\t' '$2 == "f" {{ print $1 "  ./" $5 }}' "$2/$3" | sha256sum -c 2>/dev/null | damaged >"$2/{DAMAGED}.new"
   if test -s "$2/{DAMAGED}.new"; then
     printf '%s\t%s at %s: %s of its files missing, cut or altered, the first is %s\n' \
-      "$5" "$1" "$4" "$(wc -l <"$2/{DAMAGED}.new")" "$(head -n 1 "$2/{DAMAGED}.new")"
+      "$5" "$1" "$4" "$(wc -l <"$2/{DAMAGED}.new")" "$(head -n 1 "$2/{DAMAGED}.new")" | clean
     if test "$3" = {MANIFEST}; then mv -f "$2/{DAMAGED}.new" "$2/{DAMAGED}"; fi
   fi
   rm -f "$2/{DAMAGED}.new"

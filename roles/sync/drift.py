@@ -23,7 +23,7 @@ def pairs(
     """Each directory that is not right, with what is wrong."""
     for entry in entries(target.cluster):
         seen = state.seen.get(entry.key, Seen("absent"))
-        given = given_by(entry, target.node.name, seen, peers)
+        given = given_by(target, entry, seen, peers)
         finding = _finding(target, entry, seen, given)
         if finding is None:
             continue
@@ -100,7 +100,13 @@ def _finding(
     if seen.place != "ours":
         return Finding("sync-missing", want, "not there", fix)
     if now and seen.listing != now:
-        return Finding("sync-other", want, "as it was earlier", fix, disturbs=True)
+        return Finding(
+            "sync-other",
+            want,
+            "as it was earlier",
+            f"{fix}; {_lost(entry, seen, given)}",
+            disturbs=True,
+        )
     if seen.wrongs:
         return Finding(
             "sync-damaged",
@@ -118,6 +124,19 @@ def _finding(
             disturbs=True,
         )
     return None
+
+
+def _lost(entry: Entry, seen: Seen, given: Given | None) -> str:
+    """What becomes of the files that the origin has no more."""
+    lost = "what"
+    if given is not None and given.earlier == seen.listing:
+        if not given.lost:
+            return "no file is removed"
+        lost = f"{given.lost} files that"
+    return (
+        f"{lost} {entry.origin} no longer has: removed, or moved to {entry.beside('strays')} where that is "
+        "more than half of all files"
+    )
 
 
 def _some(paths: tuple[str, ...], number: int) -> str:

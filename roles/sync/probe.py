@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
+from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Literal, cast, get_args
 
 from roles.core.role import Target, Unreadable, whole
@@ -22,10 +26,16 @@ SECONDS = 120
 
 @dataclass(frozen=True)
 class Given:
-    """A directory that others get. listing: its digest; empty where refused, in words, or absent."""
+    """A directory that others get.
+
+    listing: its digest; empty where refused, in words, or absent. earlier: the digest of what was last
+    read there; empty where nothing was. lost: how many files of that are there no more.
+    """
 
     listing: str = ""
     refused: str = ""
+    earlier: str = ""
+    lost: int = 0
 
 
 @dataclass(frozen=True)
@@ -57,14 +67,22 @@ class SyncState:
     seen: Mapping[str, Seen] = field(default_factory=dict)
 
 
-GIVEN = f"""
+GIVEN = rf"""
 {LIST}{REFUSE}
-# given DIRECTORY: the digest of its listing, or why it cannot be given.
+# given DIRECTORY SOURCE: the digests of its listing and of the one in SOURCE, and how many files it lost since
+# then; or why it cannot be given.
 given() {{
   if ! test -d "$1" || ! cd "$1" 2>/dev/null; then echo absent; return; fi
   list >"$listing"
   why=$(refused "$listing")
-  if test -n "$why"; then printf 'refused %s\n' "$why"; else echo "listing $(digest <"$listing")"; fi
+  if test -n "$why"; then printf 'refused %s\n' "$why"; return; fi
+  earlier=-; lost=0
+  if test -f "$2"; then
+    earlier=$(listed "$2" | digest)
+    lost=$(awk -F '\t' 'part == 1 {{ there[$4] = 1; next }} $2 != "d" && !($5 in there) {{ n++ }} END {{ print n + 0 }}' \
+      part=1 "$listing" part=2 "$2")
+  fi
+  echo "listing $(digest <"$listing") $earlier $lost"
 }}
 """
 
@@ -82,7 +100,7 @@ look() {{
   else at=foreign; fi
   echo "entry $1 $at"
   if test -n "$4"; then
-    printf 'given %s\n' "$(given "$4")"
+    printf 'given %s\n' "$(given "$4" "$3/{SOURCE}")"
     if test -f "$3/{SOURCE}"; then echo "read $(listed "$3/{SOURCE}" | digest) $(digest <"$3/{SOURCE}")"; fi
     if test "$4" = "$2"; then return; fi
   fi
@@ -164,27 +182,47 @@ def given(text: str) -> Given:
         return Given()
     if word == "refused" and value:
         return Given(refused=value)
-    if word == "listing" and len(value) == 64:
-        return Given(listing=value)
+    words = value.split(" ")
+    if word == "listing" and [len(each) for each in words[:2]] in ([64, 64], [64, 1]):
+        listing, earlier, lost = words
+        return Given(listing, earlier="" if earlier == "-" else earlier, lost=int(lost))
     raise Unreadable(f"unexpected words {text!r}")
 
 
 @cache
-def given_here(directory: str) -> Given:
-    """What a directory of the control machine gives; read once a run, so that all nodes are asked for the same."""
-    script = f"listing=$(mktemp) || exit 1\ntrap 'rm -f \"$listing\"' EXIT\n{GIVEN}given {quote(directory)}"
-    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, errors="replace")
-    return (
-        given(done.stdout.strip()) if done.returncode == 0 else Given(refused=done.stderr.strip())
-    )
+def given_here(directory: str, source: Path) -> Given:
+    """What a directory of the control machine gives; read once a run, so that all nodes are asked for the same.
+
+    source: the manifest that was made of it last.
+    """
+    script = f"listing=$(mktemp) || exit 1\ntrap 'rm -f \"$listing\"' EXIT\n{GIVEN}given {quote(directory)} {quote(str(source))}"
+    with (
+        TemporaryFile("w+", errors="replace") as said,
+        TemporaryFile("w+", errors="replace") as why,
+    ):
+        # Files, no pipes: nobody waits for a process that hangs in a file system and cannot be ended.
+        look = subprocess.Popen(
+            ["sh", "-c", script], stdout=said, stderr=why, start_new_session=True
+        )
+        try:
+            look.wait(SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(look.pid, signal.SIGKILL)
+            return Given(
+                refused=f"it was not looked at within {SECONDS} seconds: is it on a server that is gone?"
+            )
+        (why if look.returncode else said).seek(0)
+        return Given(refused=why.read().strip()) if look.returncode else given(said.read().strip())
 
 
-def given_by(entry: Entry, name: str, seen: Seen, peers: Mapping[str, SyncState]) -> Given | None:
+def given_by(
+    target: Target[StorageSpec], entry: Entry, seen: Seen, peers: Mapping[str, SyncState]
+) -> Given | None:
     """What the directory's origin gives now; None where that node cannot be read."""
     node = entry.origin.node
     if node is None:
-        return given_here(entry.origin.path)
-    if node == name:
+        return given_here(entry.origin.path, entry.here(target.cluster) / SOURCE)
+    if node == target.node.name:
         return seen.given
     state = peers.get(node)
     return state.seen[entry.key].given if state is not None and entry.key in state.seen else None

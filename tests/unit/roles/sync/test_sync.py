@@ -616,7 +616,7 @@ def test_a_giver_gives_nothing_but_files_of_its_directory(tmp_path: Path, asked:
 
 
 def test_nodes_take_from_those_that_have_it_and_none_is_asked_by_two_at_once(site: Site) -> None:
-    step = Mirror("x", None, "/x", "/p", "/l", Path("m"), "s", "w", "f", "", "", "")
+    step = Mirror("x", None, "/x", "/p", "/l", Path("m"), "s", "w", "f", "", "", "", "")
     spread = Spread(step, {}, lambda name: True)
     assert spread.claim("node1", set()) is None
     waiting = gevent.spawn(spread.claim, "node2", set())
@@ -639,7 +639,7 @@ def test_nodes_take_from_those_that_have_it_and_none_is_asked_by_two_at_once(sit
 
 
 def test_where_the_first_taker_fails_the_control_machine_gives_again(site: Site) -> None:
-    step = Mirror("x", None, "/x", "/p", "/l", Path("m"), "s", "w", "f", "", "", "")
+    step = Mirror("x", None, "/x", "/p", "/l", Path("m"), "s", "w", "f", "", "", "", "")
     spread = Spread(step, {}, lambda name: True)
     assert spread.claim("node1", set()) is None
     waiting = gevent.spawn(spread.claim, "node2", set())
