@@ -73,7 +73,7 @@ def test_what_is_given_is_the_same_on_every_node_and_a_second_run_changes_nothin
     same(site)
     assert sums(site, "node1").count("\n") == 5
     assert site.shell("node1", "readlink /data/words/first") == "one.txt\n"
-    assert site.shell("node2", "stat -c %a /data/config/config") == "600\n"
+    assert site.shell("node2", "stat -c %a /data/config /data/config/config") == "700\n600\n"
     assert site.converge()["totals"]["success"] == 0
     assert found(site, "--deep") == set()
     (identity,) = [row for row in site.verify()["identity"] if row["fact"] == "synchronised files"]

@@ -29,6 +29,7 @@ from roles.storage.probe import (
     StorageState,
     parse,
     probe,
+    token_file,
     unescaped,
 )
 from roles.storage.proof import proof
@@ -1071,3 +1072,10 @@ def test_the_probe_tells_what_lets_a_shutdown_go_on(tmp_path: Path, shell: str) 
     assert sh(text, shell).stdout == f"shutdown {shutdown.digest('unit' + chr(10))} yes\n"
     seen = parse("token \nmanager apt\nclient yes\naccess absent\nshutdown abc yes\nend")
     assert (seen.shutdown, seen.ready) == ("abc", True)
+
+
+def test_storage_of_each_nodes_own_has_a_token_file_of_its_own_for_each_path() -> None:
+    paths = ("/data/a-b", "/data/a/b", "/data/a%2Db", "/data/a")
+    files = {token_file(StorageSpec(kind="local", path=path)) for path in paths}
+    assert len(files) == len(paths)
+    assert f"{TOKEN_FILE}-data-a" in files

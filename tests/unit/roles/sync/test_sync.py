@@ -8,6 +8,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,7 +88,11 @@ class Site:
         if "# What arrived" in script:
             self.before_settle(node.name)
         done = subprocess.run(
-            ["sh", "-c", self.on(node.name, script)], capture_output=True, text=True, timeout=60
+            ["sh", "-c", self.on(node.name, script)],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            errors="ignore" if script.startswith("echo directories") else "strict",  # as a look
         )
         if done.returncode:
             raise session.NodeFailed((done.stderr.strip() or "without a word").splitlines()[-1])
@@ -493,6 +498,8 @@ def test_an_origin_node_that_is_dead_leaves_what_was_brought(site: Site) -> None
     ("make", "reason"),
     [
         (lambda d: (d / "out").symlink_to("/etc/passwd"), "the link out, which leads out of it, to /etc/passwd"),
+        (lambda d: (d / "part/w").symlink_to("link/../.."), "the link part/w, which leads out of it, to link/../.."),
+        (lambda d: (d / "w").symlink_to("part/.."), "the link w, which leads out of it, to part/.."),
         (lambda d: (d / "part/up").symlink_to("../../x"), "the link part/up, which leads out of it"),
         (lambda d: os.mkfifo(d / "pipe"), "pipe, which is no file, directory or link"),
         (lambda d: (d / "a\nb").write_text(""), "a name with a line break, a tab or a backslash"),
@@ -638,6 +645,45 @@ def test_nodes_take_from_those_that_have_it_and_none_is_asked_by_two_at_once(sit
         spread.claim("node5", {None, "node1", "node2"})
 
 
+@pytest.mark.parametrize("number", [4, 8])
+def test_where_no_node_can_take_from_another_all_get_it_from_the_control_machine(
+    number: int,
+) -> None:
+    step = Mirror("x", None, "/x", "/p", "/l", Path("m"), "s", "w", "f", "", "", "", "")
+    spread = Spread(step, {}, lambda name: True)
+
+    def take(name: str) -> bool:
+        refused = set[str | None]()
+        while (giver := spread.claim(name, refused)) is not None:
+            gevent.sleep(0.01)
+            refused.add(giver)
+            spread.release(giver)
+        gevent.sleep(0.01)
+        spread.release(giver)
+        spread.over(name, True)
+        return True
+
+    taking = [gevent.spawn(take, f"node{n}") for n in range(number)]
+    gevent.joinall(taking, timeout=20)
+    try:
+        assert [each.value for each in taking] == [True] * number
+    finally:
+        gevent.killall(taking)
+
+
+def test_a_node_that_gives_its_own_is_waited_for_though_three_others_refused() -> None:
+    step = Mirror("x", "node1", "/x", "/p", "/l", Path("m"), "s", "w", "f", "", "", "", "")
+    spread = Spread(step, {}, lambda name: True)
+    for name in ("node2", "node3", "node4"):
+        spread.over(name, True)
+    assert spread.claim("node5", set()) == "node1"
+    waiting = gevent.spawn(spread.claim, "node6", {"node2", "node3", "node4"})
+    gevent.sleep(0.3)
+    assert not waiting.ready()
+    spread.release("node1")
+    assert waiting.get(timeout=5) == "node1"
+
+
 def test_where_the_first_taker_fails_the_control_machine_gives_again(site: Site) -> None:
     step = Mirror("x", None, "/x", "/p", "/l", Path("m"), "s", "w", "f", "", "", "", "")
     spread = Spread(step, {}, lambda name: True)
@@ -706,6 +752,204 @@ def test_a_node_may_give_what_lies_in_its_place(tmp_path: Path) -> None:
     assert declared.entries(read("node1:/data/x"))[0].is_given_by("node1")
     with pytest.raises(SchemaProblem, match="say from: node1:/data/x"):
         read("/data/x")
+
+
+def modes(place: Path) -> dict[str, int]:
+    return {
+        str(path.relative_to(place)): path.stat().st_mode & 0o7777
+        for path in [place, *place.rglob("*")]
+        if path.is_dir() and not path.is_symlink()
+    }
+
+
+def test_directories_have_the_modes_of_the_origin(site: Site, corpus: Path) -> None:
+    corpus.chmod(0o700)
+    (corpus / "part").chmod(0o2750)
+    (corpus / "empty").chmod(0o1777)
+    site.converge()
+    want = {".": 0o700, "part": 0o2750, "part/deep": 0o755, "empty": 0o1777}
+    assert [modes(site.place(node)) for node in NODES] == [want] * 3
+    (corpus / "part").chmod(0o700)
+    site.place("node2").chmod(0o755)
+    assert site.ids() == [["sync-other"]] * 3
+    site.converge()
+    assert [modes(site.place(node)) for node in NODES] == [{**want, "part": 0o700}] * 3
+    assert site.ids() == [[]] * 3
+    (site.place("node3") / "part").chmod(0o755)
+    (found,) = site.findings("node3")
+    assert (found.id, found.seen) == ("sync-damaged", "part/ missing, cut or altered")
+
+
+def strays(site: Site, node: str) -> dict[str, bytes]:
+    return {
+        path.name: path.read_bytes()
+        for path in site.place(node).parent.glob(".corpus.strays/*/**/*")
+        if path.is_file() and not path.is_symlink()
+    }
+
+
+def test_what_somebody_edited_is_moved_beside_when_the_origin_has_another_or_none(
+    site: Site, corpus: Path
+) -> None:
+    site.converge()
+    (site.place("node1") / "a.txt").write_bytes(b"edited a")
+    (site.place("node1") / "-dash").write_bytes(b"edited dash")
+    (corpus / "a.txt").unlink()
+    site.converge()
+    assert strays(site, "node1") == {"a.txt": b"edited a", "-dash": b"edited dash"}
+    assert strays(site, "node2") == {}
+    assert "a.txt" not in site.files("node2") and site.files("node1")["-dash"] == b"dash"
+
+
+def test_a_run_says_how_many_files_it_will_remove(site: Site, corpus: Path) -> None:
+    site.converge()
+    (corpus / "new").write_bytes(b"new")
+    (found,) = site.findings("node1")
+    assert found.fix.endswith("; no file is removed")
+    (corpus / "a.txt").unlink()
+    (corpus / "part/link").unlink()
+    (found,) = site.findings("node1")
+    assert (
+        f"; 2 files that {corpus} on this machine no longer has: removed, or moved to " in found.fix
+    )
+    site.converge("node2")
+    (found,) = site.findings("node1")
+    assert "; what " in found.fix  # the origin was read since
+    site.converge()
+    assert strays(site, "node1") == {} and "a.txt" not in site.files("node1")
+
+
+def test_where_more_than_half_would_go_it_is_moved_beside(site: Site, corpus: Path) -> None:
+    site.converge("node1")
+    shutil.rmtree(corpus / "part")
+    (corpus / "a.txt").unlink()
+    site.converge("node1")
+    assert set(site.files("node1")) == {"#odd; name", "-dash"}
+    assert strays(site, "node1") == {
+        Path(name).name: content
+        for name, content in FILES.items()
+        if name == "a.txt" or name.startswith("part/")
+    }
+
+
+@pytest.mark.parametrize("long", [False, True])
+def test_files_of_an_earlier_connection_are_waited_for(
+    site: Site, corpus: Path, monkeypatch: pytest.MonkeyPatch, long: bool
+) -> None:
+    site.converge("node1")
+    if long:
+        monkeypatch.setattr(core, "LOCK_SECONDS", 1)
+    holding: list[Any] = []
+
+    @contextmanager
+    def entered(gift: str, giver: Any, taker: Any, places: Any, before: str) -> Iterator[Way]:
+        lock = site.folder / "node2/data/.corpus.arriving/lock"
+        holder = subprocess.Popen(["flock", str(lock), "sleep", "6" if long else "2"])
+        holding.append(holder)
+        gevent.sleep(0.5)
+        with site._entered(gift, giver, taker, places, before) as way:
+            yield way
+
+    monkeypatch.setattr(relay, "entered", entered)
+    site.converge("node2")
+    assert site.files("node2") == FILES
+    assert site.given[1:] == [("node1", "node2"), *([("", "node2")] if long else [])]
+    assert long == any(
+        "files of it still arrive by an earlier connection" in each for each in site.said
+    )
+    for holder in holding:
+        holder.kill()
+        holder.wait()
+
+
+def test_a_hash_that_went_wrong_at_the_origin_is_read_again_by_the_next_run(
+    site: Site, corpus: Path
+) -> None:
+    site.converge("node1")
+    (corpus / "-dash").write_bytes(b"hsad")
+    os.utime(corpus / "-dash", (1_700_000_000, 1_700_000_000.25))
+    site.refusing = {"node1"}
+    with pytest.raises(session.NodeFailed, match="corpus, such as -dash, arrived with another"):
+        site.converge("node2")
+    site.converge("node2")
+    assert site.files("node2")["-dash"] == b"hsad"
+
+
+def test_the_hash_of_a_file_that_changed_just_before_is_not_kept(site: Site, corpus: Path) -> None:
+    fresh = corpus / "a.txt"
+    fresh.write_bytes(b"one")
+    time = fresh.stat().st_mtime
+    site.converge("node1")
+    fresh.write_bytes(b"two")
+    os.utime(fresh, (time, time))
+    site.converge("node2")
+    assert site.files("node2")["a.txt"] == b"two"
+
+
+def test_names_that_are_no_utf8_are_told_without_their_odd_bytes(site: Site, corpus: Path) -> None:
+    site.converge("node1")
+    place = os.fsencode(site.place("node1"))
+    Path(os.fsdecode(place + b"/mine-\xff")).write_bytes(b"mine")
+    site.converge("node1")
+    assert any("such as mine-, lie in" in line for line in site.said)
+    assert strays(site, "node1") == {os.fsdecode(b"mine-\xff"): b"mine"}
+    foreign = site.place("node2")
+    foreign.mkdir()
+    Path(os.fsdecode(os.fsencode(foreign) + b"/x\xff")).write_bytes(b"")
+    with pytest.raises(session.NodeFailed, match="corpus/x was not brought there"):
+        site.converge("node2")
+
+
+def test_a_first_bring_that_is_cut_while_files_take_their_place_is_not_foreign(
+    site: Site, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    with monkeypatch.context() as patch:
+        # The files are there; the power goes before they are on the disk.
+        (tools / "sync").write_text("#!/bin/sh\nexit 9\n")
+        (tools / "sync").chmod(0o755)
+        patch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+        with pytest.raises(session.NodeFailed):
+            site.converge("node1")
+    (corpus / "a.txt").write_bytes(b"changed")
+    assert site.ids("node1") == [["sync-other"]]
+    site.converge("node1")
+    assert site.files("node1") == {**FILES, "a.txt": b"changed"}
+
+
+def test_a_name_with_the_words_of_a_failed_proof_is_told_as_it_is(site: Site, corpus: Path) -> None:
+    name = "x: FAILED open or read.txt"
+    (corpus / name).write_bytes(b"x")
+    (corpus / "y: FAILED").write_bytes(b"y")
+    site.converge("node1")
+    (site.place("node1") / name).write_bytes(b"z")
+    (site.place("node1") / "y: FAILED").unlink()
+    said = site._run(site.host("node1"), deep(site.target("node1")), 60).stdout
+    assert "2 of its files" in said
+    notes = site.folder / "node1/notes/declared/corpus/damaged"
+    assert notes.read_text().splitlines() == [name, "y: FAILED"]
+    site.converge("node1")
+    assert site.files("node1")[name] == b"x" and site.ids("node1") == [[]]
+
+
+def test_a_directory_of_the_control_machine_that_hangs_is_named(
+    site: Site, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "find").write_text("#!/bin/sh\nexec sleep 30\n")
+    (tools / "find").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    monkeypatch.setattr(sys.modules[given_here.__module__], "SECONDS", 1)
+    given_here.cache_clear()
+    given = given_here(str(corpus), tmp_path / "none")
+    assert given.refused.startswith("it was not looked at within 1 seconds")
+
+
+def test_too_little_room_leaves_no_folder(site: Site, corpus: Path) -> None:
+    test_too_little_room_is_told_before_the_first_byte(site, corpus)
+    assert not list((site.folder / "node1/data").glob(".*"))
 
 
 def test_a_cut_answer_is_no_state(site: Site, corpus: Path) -> None:
