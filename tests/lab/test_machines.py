@@ -1,8 +1,10 @@
 """What needs kernels of their own, on one pair of emulated machines: storage by NFS and its server, clocks that
-differ, limits above a container's, a driver that is really loaded, another kernel; found, and mended by one run."""
+differ, limits above a container's, a driver that is really loaded, another kernel; found, and mended by one run.
+They are rebooted, shut down and cut off in every order, too: nothing is lost, or hangs longer than declared."""
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 STATE = beside("tests-machines")
 TIMEOUT = 20
-"""Seconds that a mount may take, as the cluster file declares."""
+"""Seconds that a mount may take, and a server that is gone hold up a shutdown, as the cluster file declares."""
 LEAVE = {"manage": "unmanaged"}
 UPGRADE = "driver/kernel-upgraded"
 """It shows whole after a reboot only, so it has a test of its own."""
@@ -77,22 +79,119 @@ def test_what_breaks_is_named_and_mended_by_one_run(site: Site, broken: Sequence
     same_files(site)
 
 
-def test_a_client_that_boots_before_its_server_waits_no_longer_than_declared(site: Site) -> None:
-    """Power goes on both in the middle of a write; what was written whole stays."""
+def one_run_brings_all_right(site: Site) -> None:
+    """After it nothing differs, a second one changes nothing, and the files of both nodes are whole."""
+    with timed("one run"):
+        site.converge()
+    report = site.verify()
+    assert report["verdict"] == "ok", report
+    with timed("a second one"):
+        assert site.converge()["totals"]["success"] == 0
+    same_files(site)
+
+
+def power(site: Site, act: str, *nodes: str) -> None:
+    """``lab cut`` or ``start`` of each, one after the other."""
+    for node in nodes:
+        with timed(f"{act} {node}"):
+            done = site.lockstep("lab", act, node)
+            assert done.returncode == 0, done.stderr
+
+
+def reboot(site: Site, *arguments: str) -> None:
+    """``lockstep reboot``: what was right before is right again, and nothing is wrong."""
+    done = site.lockstep("reboot", "--json", *arguments, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for each in json.loads(done.stdout)["nodes"]:
+        print(f"reboot of {each['node']}: {each['seconds']} s", flush=True)
+
+
+def shut_down(site: Site, node: str) -> float:
+    """Have a machine power itself off; seconds from the order until it is off."""
+    began = time.monotonic()
     site.shell(
-        "node2",
-        "cd /data; (setsid dd if=/dev/zero of=half bs=64k count=4000 >/dev/null 2>&1 &); sleep 1",
+        node, "systemctl --no-block poweroff", check=False
+    )  # it may be off before it answers
+    runs = site.state / "nodes" / node / "qemu.json"
+    site.wait(f"{node} is off", lambda: not runs.exists(), 400)
+    return time.monotonic() - began
+
+
+def write_without_end(site: Site) -> None:
+    """Have node2 write on, whatever becomes of its server."""
+    writer = "setsid dd if=/dev/zero of=half bs=64k count=8000 >/dev/null 2>&1"
+    site.shell("node2", f"cd /data; ({writer} &); sleep 3")
+
+
+def summed(name: str) -> str:
+    """Shell that takes a stream to a file of the storage, and leaves its checksum on the node's own disk."""
+    return f"tee /data/{name} | sha256sum | sed s/-/{name}/ >/root/{name}.new; mv /root/{name}.new /root/{name}"
+
+
+def whole(site: Site, name: str) -> bool:
+    """Whether the server has what node2 wrote with ``summed``."""
+    sums = site.shell("node2", f"cat /root/{name}")
+    return site.shell("node1", f"cd /data; echo '{sums.strip()}' | sha256sum -c") == f"{name}: OK\n"
+
+
+LAST = f"""
+cd /data; exec 5>open
+trap "head -c 16777216 /dev/urandom | {summed("last")}; exit" TERM
+while :; do sleep 1; done
+"""
+"""A service that writes its last data when the shutdown ends it, as a job does."""
+
+
+def test_a_shutdown_loses_nothing_and_ends_in_the_declared_time_where_the_server_is_gone(
+    site: Site,
+) -> None:
+    """First with the server, then without its power: while nothing uses the mount, and while a process writes."""
+    site.shell(
+        "node2", f"cat >/root/last.sh <<'end'\n{LAST}end\nsystemd-run -q sh /root/last.sh; sleep 5"
     )
-    for node in ("node1", "node2"):
-        assert site.lockstep("lab", "cut", node).returncode == 0
-    assert site.lockstep("lab", "start", "node2").returncode == 0
+    took = {"with the server": shut_down(site, "node2")}
+    power(site, "start", "node2")
+    assert whole(site, "last")
+    site.shell("node2", "ls /data")
+    power(site, "cut", "node1")
+    took["without it"] = shut_down(site, "node2")
+    power(site, "start", "node1", "node2")
+    write_without_end(site)
+    power(site, "cut", "node1")
+    took["without it, while writing"] = shut_down(site, "node2")
+    print({name: f"{seconds:.1f} s" for name, seconds in took.items()}, flush=True)
+    power(site, "start", "node2")
     began = time.monotonic()
     assert site.shell("node2", "ls /data", check=False) == ""
-    print(f"ls without the server: {time.monotonic() - began:.1f} s, declared {TIMEOUT} s")
-    assert site.lockstep("lab", "start", "node1").returncode == 0
-    site.converge()
-    assert site.converge()["totals"]["success"] == 0
-    same_files(site)
+    listed = time.monotonic() - began
+    print(f"ls without the server: {listed:.1f} s, declared {TIMEOUT} s", flush=True)
+    power(site, "start", "node1")
+    one_run_brings_all_right(site)
+    assert whole(site, "last")
+    assert max(took.values()) < took["with the server"] + TIMEOUT
+    assert listed < TIMEOUT + took["with the server"]
+
+
+def test_a_write_goes_on_while_its_server_reboots_and_all_may_reboot_at_once(site: Site) -> None:
+    slowly = "for each in $(seq 90); do head -c 262144 /dev/urandom; sleep 1; done"
+    writer = f"{{ {slowly}; }} | {summed('through')}"
+    site.shell(
+        "node2", f"cat >/root/through.sh <<'end'\n{writer}\nend\nsystemd-run -q sh /root/through.sh"
+    )
+    reboot(site, "node1")
+    site.wait("it is written", lambda: site.shell("node2", "ls /root/through", check=False), 300)
+    assert whole(site, "through")
+    reboot(site, "--all", "--at-once")
+    one_run_brings_all_right(site)
+    assert whole(site, "through")
+
+
+def test_a_power_cut_of_both_during_a_write_is_over_after_one_run(site: Site) -> None:
+    write_without_end(site)
+    power(site, "cut", "node1", "node2")
+    power(site, "start", "node1", "node2")
+    one_run_brings_all_right(site)
+    assert whole(site, "through")
 
 
 def test_a_kernel_without_headers_boots_without_the_driver_until_one_run_builds_and_loads_it(
