@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 
-import gevent
 from paramiko import SSHException
 from pyinfra.api.host import Host
 
@@ -26,9 +25,6 @@ from roles.core.upload import landing
 ATTEMPTS = 2
 """A file that arrived with another content begins anew once."""
 CHUNK = 1 << 18
-SILENT_SECONDS = 30
-"""A node that answers nothing for so long is dead."""
-POLL_SECONDS = 5
 MOST_GIVERS = 3
 """Nodes that one asks before the control machine sends it: where none may reach another, all would ask all."""
 MB = 1_000_000
@@ -141,7 +137,7 @@ def _begin(node: Host, step: Upload) -> str:
 def _from_here(step: Upload, chain: Chain, member: Member) -> None:
     """Send what the node lacks from the control machine, over SFTP."""
     node, part = member.node, str(step.part)
-    at = int(session.run(node, _begin(node, step), SILENT_SECONDS).stdout)
+    at = int(session.run(node, _begin(node, step), relay.SECONDS).stdout)
     client = getattr(node.connector, "client", None)
     try:
         if client is None:  # the control machine itself
@@ -153,7 +149,7 @@ def _from_here(step: Upload, chain: Chain, member: Member) -> None:
             client.open_sftp() as sftp,
             sftp.open(part, "r+") as grows,
         ):
-            sftp.get_channel().settimeout(SILENT_SECONDS)
+            sftp.get_channel().settimeout(relay.SECONDS)
             grows.set_pipelined(True)
             file.seek(at)
             grows.seek(at)
@@ -179,39 +175,20 @@ def _from_nodes(step: Upload, chain: Chain, member: Member) -> bool:
             _take(step, chain, member, giver)
             return True
         except relay.Refused as error:
-            session.say(
-                member.node,
-                f"{giver.node.name} gives no more of {step.source.name}, so it comes from elsewhere: {error}",
-                "yellow",
-            )
+            relay.say_refused(member.node, giver.node.name, step.source.name, error)
     return False
 
 
 def _take(step: Upload, chain: Chain, member: Member, giver: Member) -> None:
     """Take the rest from one node, and see now and then that this one still answers."""
     node = member.node
+
+    def look() -> None:
+        size = f"stat -c %s {quote(str(step.part))} 2>/dev/null || echo 0"
+        chain.note(member, int(session.run(node, size, relay.SECONDS).stdout))
+
     with relay.opened(step, giver.node, node, chain.places, _begin(node, step)) as script:
-        taking = gevent.spawn(why_failed, node, script, step.seconds)
-        try:
-            while taking.ready() is False:
-                taking.join(POLL_SECONDS)
-                if not taking.ready():
-                    size = f"stat -c %s {quote(str(step.part))} 2>/dev/null || echo 0"
-                    chain.note(member, int(session.run(node, size, SILENT_SECONDS).stdout))
-        finally:
-            taking.kill()
-        if taking.value is not None:
-            session.run(node, "true", SILENT_SECONDS)  # one that died says nothing about the giver
-            raise relay.Refused(taking.value)
-
-
-def why_failed(node: Host, script: str, seconds: int) -> str | None:
-    """Run the script; why it failed, or None. (gevent prints what a greenlet raises.)"""
-    try:
-        session.run(node, script, seconds)
-    except session.NodeFailed as error:
-        return str(error)
-    return None
+        relay.taken(node, script, step.seconds, look)
 
 
 def _settle(node: Host, step: Upload) -> bool:

@@ -21,13 +21,10 @@ from inventory.cluster import Node
 from roles.core import relay, session
 from roles.core.chain import (
     MOST_GIVERS,
-    POLL_SECONDS,
-    SILENT_SECONDS,
     Chain,
     interval,
     progress,
     upload,
-    why_failed,
 )
 from roles.core.here import run_here
 from roles.core.steps import UNATTENDED_SSH, Download, Mirror, Upload, quote
@@ -47,14 +44,18 @@ OPTIONS = (
 )
 """In place, as only what arrives lies there: what a power cut leaves of a file is continued."""
 
-SEND = r"""
+COMPLAIN = """{ grep -v '^rsync error' "$1"; cat "$1"; } | grep . | head -n 1 >&2
+"""
+"""Shell that says in one line why rsync failed, whose complaints lie in the file $1."""
+
+SEND = rf"""
 said=$(mktemp) || exit 1
 trap 'kill "$pid" 2>/dev/null; rm -f "$said"' EXIT
 trap 'exit 1' HUP INT TERM
 "$@" 2>"$said" & pid=$!
 wait "$pid" && exit 0
-{ grep -v '^rsync error' "$said"; cat "$said"; } | grep . | head -n 1 >&2
-exit 1
+set -- "$said"
+{COMPLAIN}exit 1
 """
 """Runs rsync on the control machine; ends it where this is ended, and says in one line why it failed."""
 
@@ -131,7 +132,7 @@ class Spread:
             run_here(("sh", "-ec", script), lambda line: session.say(node, line))
         else:
             giver = node.state.inventory.get_host(self.step.giver)
-            session.run(giver, f"set -e\n{script}", SILENT_SECONDS)
+            session.run(giver, f"set -e\n{script}", relay.SECONDS)
 
     def claim(self, name: str, refused: set[str | None]) -> str | None:
         """The node that gives now, or None for the control machine; waits for one that is busy, or gets it all.
@@ -237,11 +238,7 @@ def _bring(
             return giver
         except relay.Refused as error:
             refused.add(giver)
-            session.say(
-                node,
-                f"{giver or 'this machine'} gives no more of {step.name}, so it comes from elsewhere: {error}",
-                "yellow",
-            )
+            relay.say_refused(node, giver or "this machine", step.name, error)
         finally:
             spread.release(giver)
 
@@ -257,7 +254,7 @@ def _from_here(node: Host, step: Mirror, told: _Progress) -> None:
     try:
         run_here(("sh", "-c", SEND, "sh", *command, f"{step.directory}/", there), told.line)
     except session.NodeFailed as error:
-        session.run(node, "true", SILENT_SECONDS)
+        session.run(node, "true", relay.SECONDS)
         raise relay.Refused(str(error)) from None
 
 
@@ -310,21 +307,14 @@ def _taken(node: Host, step: Mirror, told: _Progress, command: str, opening: str
         # Of a run that was killed, rsync goes on here: a lock tells the next one.
         f"{opening}cd /\nexec 7>{quote(f'{step.landing}/{LOCK}')}\n"
         f"flock -w {LOCK_SECONDS} 7 || {{ echo 'files of it still arrive by an earlier connection' >&2; exit 1; }}\n"
-        f"{command} >{said} 2>{said}.err && exit 0\n"
-        f"{{ grep -v '^rsync error' {said}.err; cat {said}.err; }} | grep . | head -n 1 >&2\nexit 1"
+        f"{command} >{said} 2>{said}.err && exit 0\nset -- {said}.err\n{COMPLAIN}exit 1"
     )
-    taking = gevent.spawn(why_failed, node, script, SECONDS)
-    try:
-        while taking.ready() is False:
-            taking.join(POLL_SECONDS)
-            if not taking.ready():
-                last = f"tail -c 200 {said} 2>/dev/null | tr '\\r' '\\n' | tail -n 1"
-                told.line(session.run(node, last, SILENT_SECONDS).stdout)
-    finally:
-        taking.kill()
-    if taking.value is not None:
-        session.run(node, "true", SILENT_SECONDS)  # one that died says nothing about the giver
-        raise relay.Refused(taking.value)
+
+    def look() -> None:
+        last = f"tail -c 200 {said} 2>/dev/null | tr '\\r' '\\n' | tail -n 1"
+        told.line(session.run(node, last, relay.SECONDS).stdout)
+
+    relay.taken(node, script, SECONDS, look)
 
 
 class _Progress:

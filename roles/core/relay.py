@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import base64
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
+import gevent
 from pyinfra.api.host import Host
 
 from inventory.cluster import Node
@@ -29,11 +30,45 @@ EXPIRY_MINUTES = 10
 STALE_TENTHS = 600
 """Tenths of a second that a giver waits for its own file to grow."""
 SECONDS = 30
-"""Time limit of the commands around the transfer itself."""
+"""Time limit of the commands around the transfer itself: a node that answers nothing for so long is dead."""
+POLL_SECONDS = 5
 
 
 class Refused(Exception):
     """A node cannot give the file; the message says why."""
+
+
+def taken(node: Host, script: str, seconds: int, look: Callable[[], None]) -> None:
+    """Run what takes something on the node. look: see how far it is, now and then, and that the node still answers.
+
+    Raises Refused, or NodeFailed where the node is dead.
+    """
+    taking = gevent.spawn(_why_failed, node, script, seconds)
+    try:
+        while taking.ready() is False:
+            taking.join(POLL_SECONDS)
+            if not taking.ready():
+                look()
+    finally:
+        taking.kill()
+    if taking.value is not None:
+        session.run(node, "true", SECONDS)  # one that died says nothing about the giver
+        raise Refused(taking.value)
+
+
+def _why_failed(node: Host, script: str, seconds: int) -> str | None:
+    """Run the script; why it failed, or None. (gevent prints what a greenlet raises.)"""
+    try:
+        session.run(node, script, seconds)
+    except session.NodeFailed as error:
+        return str(error)
+    return None
+
+
+def say_refused(node: Host, giver: str, what: str, why: Refused) -> None:
+    """Tell the user that a giver drops out."""
+    sentence = f"{giver} gives no more of {what}, so it comes from elsewhere: {why}"
+    session.say(node, sentence, "yellow")
 
 
 LOGIN = r"""
