@@ -13,7 +13,7 @@ from typing import Any, Literal
 from inventory.cluster import Cluster
 from roles.core import session
 from roles.core.look import AnyRole, Looks, target_of
-from roles.core.role import DEEP_SECONDS, PROOF_SECONDS, Fact, Rule, Unreadable, required
+from roles.core.role import DEEP_SECONDS, PROOF_SECONDS, Fact, Rule, Target, Unreadable, required
 
 Verdict = Literal["ok", "drift", "unreadable"]
 EXIT_CODES: Mapping[Verdict, int] = {"ok": 0, "drift": 1, "unreadable": 2}
@@ -36,7 +36,7 @@ class Wrong:
 
 @dataclass(frozen=True)
 class Waiting:
-    """A role of one node that is not judged, because roles that it needs are wrong there."""
+    """A role of one node that is not judged, because roles that it needs are wrong."""
 
     node: str
     role: str
@@ -108,13 +108,17 @@ def report(looks: Looks, nodes: Sequence[Any], each: Each, deep: bool = False) -
     for name, check in wrong.items():
         findings += check.get(NODE, [])
         for role in looks.roles:
-            if NODE in check or target_of(role, looks.cluster, name) is None:
+            target = target_of(role, looks.cluster, name)
+            if NODE in check or target is None:
                 continue
-            found, causes = check.get(role.name, []), _causes(looks, role, role.needs, check)
+            needs = [
+                *role.needs,
+                *(role.proof_needs if role.proof and not check.get(role.name) else ()),
+            ]
+            found, causes = check.get(role.name, []), _causes(looks, role, needs, check)
+            causes += _elsewhere(role, target, wrong)
             if not causes:
                 findings += found
-            if role.proof and not found:
-                causes = _causes(looks, role, [*role.needs, *role.proof_needs], check)
             if causes and (found or role.proof):
                 waiting.append(Waiting(name, role.name, causes))
     names = [node.name for node in nodes]
@@ -177,6 +181,16 @@ def _causes(looks: Looks, role: AnyRole, names: Iterable[str], check: Check) -> 
     """Which of these roles, and of those that they need in turn, are wrong; or which gate is."""
     gates = [] if role.gate else [each.name for each in looks.roles if each.gate]
     return [name for name in required([*gates, *names], looks.roles) if name in check]
+
+
+def _elsewhere(role: AnyRole, target: Target[Any], checks: Mapping[str, Check]) -> list[str]:
+    """What is wrong on another node, so that the role is not judged on this one."""
+    place = role.elsewhere(target) if role.elsewhere else None
+    if place is None:
+        return []
+    node, needed = place
+    found = checks.get(node, {})
+    return [f"{needed} on {node}"] if needed in found or NODE in found else []
 
 
 def _proofs(looks: Looks, role: AnyRole, node: Any, script: str, seconds: int) -> list[Wrong]:

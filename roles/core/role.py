@@ -132,6 +132,8 @@ class Role(Generic[S, T]):
     drift(target, state, peers): pure.
     converge(target, state, peers, findings): the steps that remove the repairable findings.
     needs: roles that must be right on this node before this one may change it.
+    elsewhere(target): another node and a role that must be right there before this one is judged here,
+    where what that lacks would only show again; None where there is no such node.
     head_first: the head converges before the others (they read what it publishes).
     first(target, state, peers): the node that converges before this one, which takes what it makes; None
     where this one waits for nobody. Always an earlier node of the file.
@@ -164,6 +166,7 @@ class Role(Generic[S, T]):
     section: str = ""
     facts: Sequence[Fact[T]] = ()
     needs: Sequence[str] = ()
+    elsewhere: Callable[[Target[S]], tuple[str, str] | None] | None = None
     head_first: bool = False
     first: Callable[[Target[S], T, Peers], str | None] | None = None
     together: Callable[[Cluster], Sequence[str]] | None = None

@@ -37,6 +37,12 @@ def is_server(target: Target[StorageSpec]) -> bool:
     return node is not None and node.name == target.node.name
 
 
+def elsewhere(target: Target[StorageSpec]) -> tuple[str, str] | None:
+    """The node that serves this one, and the role that has it do so."""
+    node = server_node(target.spec, target.cluster)
+    return (node.name, "exports") if node is not None and not is_server(target) else None
+
+
 def wanted(target: Target[StorageSpec]) -> Wanted | None:
     """The mount of this node; None where nothing is to be mounted: the server's own path, another kind."""
     spec = target.spec

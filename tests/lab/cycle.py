@@ -222,14 +222,8 @@ def _by_hand(site: Site, broken: Sequence[Case]) -> None:
 
 
 def may_show(node: str, role: str, broken: Sequence[Case]) -> bool:
-    """Whether one of the cases explains a finding; what crosses nodes may show on any of them.
-
-    So may what roles of one section do for each other: a server that is gone is silence to its clients.
-    """
+    """Whether one of the cases explains a finding; what crosses nodes may show on any of them."""
     judged = next((each for each in registry.ROLES if each.name == role), None)
     return judged is not None and any(
-        case.role in judged.needs and _role(case).key == judged.key
-        if case.role != role
-        else node in case.lies_on or judged.crossing
-        for case in broken
+        case.role == role and (node in case.lies_on or judged.crossing) for case in broken
     )

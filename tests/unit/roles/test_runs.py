@@ -613,6 +613,24 @@ def test_a_failed_proof_and_an_unreadable_role_are_causes_too(lab: Lab) -> None:
     assert waiting(found) == [("node1", "b", ["a"]), ("node1", "d", ["c"])]
 
 
+def test_what_another_node_lacks_is_not_told_once_more_by_those_that_depend_on_it(lab: Lab) -> None:
+    for name in ("a", "b"):
+        (lab.folder / "node1" / name).touch()
+    (lab.folder / "node2/a").touch()
+    b = toy(
+        lab, "b", elsewhere=lambda target: ("node1", "a") if target.node.name == "node2" else None
+    )
+    assert seen(report_of(lab, toy(lab, "a"), b)) == [("node2", "b", "b-missing")]
+    (lab.folder / "node1/a").unlink()
+    found = report_of(lab, toy(lab, "a"), b)
+    assert seen(found) == [("node1", "a", "a-missing")]
+    assert waiting(found) == [("node2", "b", ["a on node1"])]
+    Recorded.breaks["node1"] = EOFError()
+    found = report_of(lab, toy(lab, "a"), b)
+    assert seen(found) == [("node1", "node", "unreadable")]
+    assert waiting(found) == [("node2", "b", ["a on node1"])]
+
+
 def naming(lab: Lab) -> Callable[[Target[Any]], str]:
     """A crossing proof that fails for each node that its target names."""
     return lambda target: (

@@ -489,6 +489,12 @@ def test_a_value_that_is_none_is_refused(declared: dict[str, Any], sentence: str
         StorageSpec.model_validate({**SERVED, **declared})
 
 
+def test_a_client_is_not_judged_while_its_server_serves_otherwise() -> None:
+    assert role.elsewhere and role.elsewhere(served("node2")) == ("node1", "exports")
+    assert role.elsewhere(served("node1")) is None
+    assert role.elsewhere(served(server="10.9.0.1")) is None
+
+
 LINE = (
     "10.77.164.11:/shared /shared nfs vers=4.2,hard,_netdev,nofail,x-systemd.automount,"
     "x-systemd.mount-timeout=30,x-lockstep 0 0"
