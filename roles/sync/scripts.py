@@ -226,6 +226,7 @@ awk -F '\t' '
   END {{ for (i = 1; i <= n; i++) print gone[i] >(2 * n > all ? "aside" : "gone") }}' \
   part=1 "$known" part=2 lacking part=3 {WANTED} part=4 there
 if test -s aside; then
+  mkdir -p -m 0700 "$strays"  # the folders that they come from may be closed to others
   to=$strays/$(date +%Y-%m-%dT%H%M%S)
   while IFS= read -r path; do
     case $path in */*) mkdir -p "$to/${{path%/*}}" ;; *) mkdir -p "$to" ;; esac

@@ -918,6 +918,81 @@ def test_a_first_bring_that_is_cut_while_files_take_their_place_is_not_foreign(
     assert site.files("node1") == {**FILES, "a.txt": b"changed"}
 
 
+@pytest.fixture
+def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """Puts a script before a program of this machine, which it finds as $real."""
+    folder = tmp_path / "tools"
+    folder.mkdir()
+    usual = os.environ["PATH"]
+
+    def put(name: str, script: str) -> None:
+        (folder / name).write_text(f"#!/bin/sh\nreal={shutil.which(name, path=usual)}\n{script}\n")
+        (folder / name).chmod(0o755)
+        monkeypatch.setenv("PATH", f"{folder}:{usual}")
+
+    return put
+
+
+def test_the_room_of_a_disk_that_is_mounted_at_the_place_counts(
+    site: Site, corpus: Path, tool: Callable[[str, str], None]
+) -> None:
+    site.place("node1").mkdir()
+    tool(
+        "df",
+        'shift; echo Filesystem; for each; do case $each in .) free=9000000 ;; *) free=100 ;; esac; echo "x 1 1 $free 1% /"; done',
+    )
+    with pytest.raises(session.NodeFailed, match=r"0\.3 MB more, and 0\.1 MB may be used"):
+        site.converge("node1")
+    assert site.given == [] and site.files("node1") == {}
+
+
+@pytest.mark.parametrize("calls", range(8))
+def test_a_power_cut_at_any_rename_loses_no_file_of_anybody(
+    site: Site, corpus: Path, tool: Callable[[str, str], None], tmp_path: Path, calls: int
+) -> None:
+    site.converge()
+    (corpus / "a.txt").write_bytes(b"changed")
+    (corpus / "part/extra").write_bytes(b"extra")
+    place = site.place("node1")
+    mine = {"a.txt": b"edited", "mine": b"mine", "part/mine": b"mine too"}
+    for name, content in mine.items():
+        (place / name).write_bytes(content)
+    count = tmp_path / "count"
+    count.write_text("0")
+    counted = f"read n <{count}; echo $((n + 1)) >{count}; test $n != {calls} || exit 9"
+    tool("mv", f'case $PWD$* in *node1*) {counted} ;; esac; exec $real "$@"')
+    try:
+        site.converge("node1")
+        whole = True
+    except session.NodeFailed:
+        whole = False
+    assert whole == (int(count.read_text()) <= calls)
+    site.converge()
+    assert site.files("node1") == {**FILES, "a.txt": b"changed", "part/extra": b"extra"}
+    assert strays(site, "node1") == {Path(name).name: each for name, each in mine.items()}
+    assert (place.parent / ".corpus.strays").stat().st_mode & 0o777 == 0o700
+    assert site.ids() == [[]] * 3
+
+
+def test_what_changes_while_it_is_listed_is_told_and_nothing_is_lost(
+    site: Site, corpus: Path, tool: Callable[[str, str], None], tmp_path: Path
+) -> None:
+    site.converge()
+    (corpus / "a.txt").write_bytes(b"changed")
+    gone = tmp_path / "gone"
+    gone.touch()
+    tool(
+        "find",
+        f'$real "$@"; code=$?; case $PWD in */data/corpus) test ! -e {gone} || exit 1 ;; esac; exit $code',
+    )
+    with pytest.raises(session.NodeFailed, match="corpus changed while it was looked at: converge"):
+        site.converge("node1")
+    assert site.files("node1") == FILES
+    gone.unlink()
+    site.converge("node1")
+    assert site.files("node1") == {**FILES, "a.txt": b"changed"}
+
+
 def test_a_name_with_the_words_of_a_failed_proof_is_told_as_it_is(site: Site, corpus: Path) -> None:
     name = "x: FAILED open or read.txt"
     (corpus / name).write_bytes(b"x")
