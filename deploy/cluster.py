@@ -21,6 +21,7 @@ from roles import (
     packages,
     pdsh,
     pins,
+    services,
     ssh,
     storage,
     sync,
@@ -40,6 +41,7 @@ converge(fabric.role)
 converge(network.role)
 converge(time.role)
 converge(limits.role)
+converge(services.role)
 converge(exports.role)
 converge(storage.role)
 converge(pdsh.role)

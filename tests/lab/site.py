@@ -46,6 +46,7 @@ SECTIONS: dict[str, Any] = {
     },
     "network": {"mtu": 1500, "leaks": "remove", "firewall": "open"},
     "fabric": {"sysfs": "/shared", "subnet_manager": "node1", "rdma": "off"},
+    "services": {"running": ["rehearsal"]},
     "nccl": {"version": "2.20.5", "remove": ["/usr/local/lib", "/opt/nccl-old"]},
 }
 BRIEF: dict[str, Any] = {"imports": ["numpy", "transformers"], "commands": ["torchrun"]}
@@ -61,6 +62,11 @@ ExecStart=
 ExecStart=/bin/sh -c 'echo 4: ACTIVE >/shared/class/infiniband/mlx5_0/ports/1/state'
 """
 """What a node's opensm does instead of looking for adapters: it brings the recorded port up."""
+SERVICE = """[Service]
+ExecStart=/bin/sleep infinity
+[Install]
+WantedBy=multi-user.target
+"""
 
 TOOL = ROOT / "tests/unit/roles/looks/rehearsal-tool"
 """A small project, installed in the environment from its source."""
@@ -199,9 +205,10 @@ class Site:
         return declared
 
     def declare(self, **changes: Any) -> None:
-        """Rewrite the cluster file with some top-level keys replaced."""
+        """Rewrite the cluster file with some top-level keys replaced, or left out where they are None."""
+        kept = {key: it for key, it in {**self.declared(), **changes}.items() if it is not None}
         # By way of JSON no two keys share a value: YAML would write an alias.
-        alone = json.loads(json.dumps({**self.declared(), **changes}))
+        alone = json.loads(json.dumps(kept))
         self.cluster.write_text(yaml.safe_dump(alone, sort_keys=False))
 
     def prove_briefly(self) -> None:
@@ -220,11 +227,11 @@ class Site:
         path = self.runs / name / "metrics.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-    def wait(self, what: str, condition: Any, seconds: float = 180) -> None:
+    def wait(self, what: str, condition: Any, seconds: float = 180, every: float = 0.5) -> None:
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end, f"after {seconds} s still not: {what}"
-            time.sleep(0.5)
+            time.sleep(every)
 
     def stand_in_kernels(self) -> None:
         """The traces of the kernels whose headers the lab has: the nodes run this machine's."""
@@ -250,6 +257,12 @@ class Site:
         drop_in = "/etc/systemd/system/opensm.service.d"  # the unit itself comes with its package
         for node in self.nodes:
             self.shell(node, f"mkdir -p {drop_in}; printf %s {quote(OPENSM)} >{drop_in}/lab.conf")
+
+    def stand_in_service(self) -> None:
+        """A service that does nothing, and that nothing started yet."""
+        for node in self.nodes:
+            unit = "/etc/systemd/system/rehearsal.service"
+            self.shell(node, f"printf %s {quote(SERVICE)} >{unit}; systemctl daemon-reload")
 
     def finished(self, name: str) -> None:
         """Wait until that job is complete."""
@@ -337,6 +350,7 @@ def bring_up(state: Path, systems: str = OS, count: int = 2) -> Iterator[Site]:
         )
         site.stand_in_kernels()
         site.stand_in_fabric()
+        site.stand_in_service()
         text = state / "shared" / "text"
         text.mkdir(parents=True)
         for source in sorted(Path("/usr/share/common-licenses").iterdir()):
