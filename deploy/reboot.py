@@ -462,10 +462,13 @@ def text(found: Outcome) -> str:
             f"job {job.name} waits {place}: pyinfra inventory.py deploy/cluster.py resumes it"
         )
     done = [each.node for each in found.restarts if each.state != "untouched"]
+    lacking = found.report.findings or any(each.state != "back" for each in found.restarts)
     parts.append(
         {
             "ok": f"ok: {', '.join(done)}: rebooted, and as declared",
-            "drift": "drift: something did not come back; run pyinfra inventory.py deploy/cluster.py",
+            "drift": "drift: something did not come back; run pyinfra inventory.py deploy/cluster.py"
+            if lacking
+            else f"drift: {', '.join(done)}: rebooted, but not all of it can be judged; lockstep verify names the cause",
             "unreadable": "unreadable: not everything is back, or could be looked at",
         }[found.verdict]
     )

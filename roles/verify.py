@@ -71,10 +71,10 @@ class Report:
 
     @property
     def verdict(self) -> Verdict:
-        """unreadable when anything could not be looked at; else drift; else ok."""
+        """unreadable when anything could not be looked at; else drift; else ok. What is not judged is not ok."""
         if any(found.id == UNREADABLE for found in self.findings):
             return "unreadable"
-        if self.findings or not all(row.ok for row in self.identity):
+        if self.findings or self.waiting or not all(row.ok for row in self.identity):
             return "drift"
         return "ok"
 

@@ -20,7 +20,7 @@ from roles import registry
 from roles.core import session
 from roles.job.plan import Plan
 from roles.job.probe import Attempt, parse
-from roles.verify import Report, Wrong
+from roles.verify import Report, Waiting, Wrong
 
 
 @dataclass
@@ -160,6 +160,22 @@ def test_what_was_wrong_before_is_not_waited_for(
     stage.report = Report(findings=[wrong])
     code, found = outcome(capsys, "one")
     assert code == 1 and states(found) == {"one": "back"} and stage.now == 0
+
+
+def test_a_node_some_role_of_which_is_not_judged_is_not_as_declared(
+    stage: Stage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its storage may be gone: what it waits for is wrong on a node that was not rebooted."""
+    stage.report = Report(waiting=[Waiting("one", "storage", ["exports on main"])])
+    code, found = outcome(capsys, "one")
+    assert code == 1 and found["verdict"] == "drift" and states(found) == {"one": "back"}
+    stage.nodes["one"] = Played("one")
+    assert cli.main(["reboot", "one"]) == 1
+    said = capsys.readouterr().out
+    assert "one   storage     exports on main" in said
+    assert said.endswith(
+        "one: rebooted, but not all of it can be judged; lockstep verify names the cause\n"
+    )
 
 
 def test_systemd_that_does_not_obey_is_told_at_once(
