@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from deploy.bundle import debs, models, rpms, wanted, wheels
@@ -63,11 +63,11 @@ def bundle(cluster: Cluster, folder: Path, ask_only: bool, say: Callable[[str], 
     """Make or complete the bundle. Raises BundleError for what cannot be had, and OSError for a full disk."""
     folder.mkdir(parents=True, exist_ok=True)
     store = Store(folder)
-    systems = _wanted(cluster, folder, ask_only, say).systems
+    found = _wanted(cluster, folder, ask_only, say)
     if ask_only:
         return
     store.begin()
-    for system in systems:
+    for system in found.systems:
         work = state_directory() / "bundle" / system.folder
         gather = debs.gather if system.manager == "apt" else rpms.gather
         sources = _sources(cluster, system.manager, work / "keys")
@@ -76,8 +76,7 @@ def bundle(cluster: Cluster, folder: Path, ask_only: bool, say: Callable[[str], 
     archives = {}
     section = cluster.section("environments", Environments)
     for one in section.each() if section else []:
-        machines = [system.machine for system in systems]
-        if archive := _environment(store, cluster, one, machines, say):
+        if archive := _environment(store, cluster, one, found.glibc, say):
             archives[one.name] = archive
     fetched = {}
     fetch = cluster.section("fetch", FetchSpec)
@@ -118,7 +117,7 @@ def _environment(
     store: Store,
     cluster: Cluster,
     one: Declared,
-    machines: Sequence[str],
+    glibc: Mapping[str, str],
     say: Callable[[str], None],
 ) -> str | None:
     """Have the archive, the wheels and the sources of an environment; the archive's place in the bundle.
@@ -141,7 +140,7 @@ def _environment(
                 copied = "copied" if store.copy(source, name) else "there already"
     except (ArchiveProblem, SourceProblem) as problem:
         raise BundleError(f"environment {one.name}: {problem}") from None
-    fresh = wheels.gather(store, cluster, one, python, machines)
+    fresh = wheels.gather(store, cluster, one, python, glibc)
     for each, parcel in editable.items():
         store.copy(parcel.source, packed_source(one.name, each))
     packed = f"; sources of {', '.join(editable)}" if editable else ""

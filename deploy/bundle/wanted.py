@@ -17,6 +17,7 @@ from roles import system as system_role
 from roles.core import session
 from roles.core.look import target_of
 from roles.core.role import Unreadable
+from roles.environment.fit import numbers
 from roles.packages.bundle import system_of
 
 if TYPE_CHECKING:
@@ -29,12 +30,14 @@ class System(Strict):
     """One operating system of the nodes. packages: as its manager takes them, once each.
 
     id, release: of /etc/os-release. machine: as ``uname -m`` names it. nodes: that have it.
+    glibc: the oldest version that one of them has.
     """
 
     id: str
     release: str
     machine: str
     manager: Literal["apt", "rpm"]
+    glibc: Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)+$")]
     nodes: list[str] = []
     packages: Annotated[list[str], Field(min_length=1)]
 
@@ -49,6 +52,14 @@ class Wanted(Strict):
 
     cluster: str
     systems: list[System]
+
+    @property
+    def glibc(self) -> dict[str, str]:
+        """Each machine of the nodes to the oldest glibc that one of them has: every node gets every environment."""
+        found: dict[str, str] = {}
+        for system in self.systems:
+            found[system.machine] = _older(system.glibc, found.get(system.machine, system.glibc))
+        return found
 
 
 def ask(cluster: Cluster) -> Wanted:
@@ -80,6 +91,8 @@ def _ask(cluster: Cluster, reached: Reached) -> Wanted:
             return str(error)
         if about.manager not in ("apt", "rpm"):
             return "it has neither dpkg nor rpm"
+        if about.glibc is None:
+            return "it has no glibc"
         if not names:
             return "no section installs packages there: each is unmanaged or only checked"
         return System(
@@ -87,6 +100,7 @@ def _ask(cluster: Cluster, reached: Reached) -> Wanted:
             release=about.release,
             machine=about.machine,
             manager=about.manager,
+            glibc=about.glibc,
             nodes=[node.name],
             packages=[*dict.fromkeys(names)],
         )
@@ -99,10 +113,18 @@ def _ask(cluster: Cluster, reached: Reached) -> Wanted:
         before = systems.get(one.folder)
         if before is not None:
             packages = dict.fromkeys([*before.packages, *one.packages])
-            update = {"nodes": [*before.nodes, name], "packages": [*packages]}
+            update = {
+                "nodes": [*before.nodes, name],
+                "packages": [*packages],
+                "glibc": _older(before.glibc, one.glibc),
+            }
             one = before.model_copy(update=update)
         systems[one.folder] = one
     return Wanted(cluster=digest(cluster.path), systems=list(systems.values()))
+
+
+def _older(*versions: str) -> str:
+    return min(versions, key=numbers)
 
 
 def write(wanted: Wanted, folder: Path) -> None:

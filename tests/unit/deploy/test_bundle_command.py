@@ -6,8 +6,11 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +21,7 @@ from deploy.bundle.cluster_file import rewritten
 from deploy.bundle.store import BundleError, Store, digest
 from deploy.bundle.tools import reason
 from deploy.bundle.wanted import System, Wanted
+from inventory.base import Spec
 from inventory.cluster import Cluster
 from inventory.errors import InventoryProblem
 from roles import registry
@@ -28,10 +32,17 @@ from roles.environment.spec import Environments
 from roles.fetch.hub import identity, stamp_of
 from roles.fetch.spec import FetchSpec
 from roles.packages import bundle as manifests
+from roles.system import SystemState
 from tests.local_hub import local_hub
 
 DEBIAN = System(
-    id="debian", release="12", machine="x86_64", manager="apt", nodes=["node1"], packages=["zstd"]
+    id="debian",
+    release="12",
+    machine="x86_64",
+    manager="apt",
+    glibc="2.36",
+    nodes=["node1"],
+    packages=["zstd"],
 )
 ROCKY = DEBIAN.model_copy(update={"id": "rocky", "release": "9.3", "manager": "rpm"})
 
@@ -368,13 +379,78 @@ def test_of_two_kinds_of_machines_each_keeps_its_wheel(tmp_path: Path) -> None:
     place = "wheels/main/x-1.0-cp311-cp311-manylinux_2_17"
     names = [f"{place}_{machine}.whl" for machine in ("x86_64", "aarch64")]
     filled(tmp_path, *names)
-    both = ["x86_64", "aarch64", "x86_64"]
+    both = {"x86_64": "2.17", "aarch64": "2.39"}
     store = Store(tmp_path)
     assert wheels._lacking(store, "main", "x", "1.0", "3.11", both) == []
     store.close()
     assert all((tmp_path / name).exists() for name in names)
     (tmp_path / names[1]).write_text("damaged")
     assert wheels._lacking(Store(tmp_path), "main", "x", "1.0", "3.11", both) == ["aarch64"]
+
+
+def test_the_oldest_glibc_of_the_nodes_of_a_machine_decides_for_it() -> None:
+    old = ROCKY.model_copy(update={"release": "7.9", "glibc": "2.17"})
+    other = ROCKY.model_copy(update={"machine": "aarch64", "glibc": "2.34"})
+    found = Wanted(cluster="", systems=[DEBIAN, old, other])
+    assert found.glibc == {"x86_64": "2.17", "aarch64": "2.34"}
+
+
+def test_the_nodes_of_one_system_are_asked_for_their_oldest_glibc(tmp_path: Path) -> None:
+    node = SystemState("debian", "12", "6.1.0", "x86_64", "2.36", manager="apt")
+    states = {"gpu-a": node, "gpu-b": replace(node, glibc="2.9")}
+    role = SimpleNamespace(key="", default=Spec(), installs=lambda target, state: ["zstd"])
+    looks = SimpleNamespace(roles=[role], state=lambda role, node: states[node.name])
+
+    def each(what: Callable[[Any], Any]) -> dict[str, Any]:
+        return {name: what(SimpleNamespace(name=name)) for name in states}
+
+    reached: Any = SimpleNamespace(run=SimpleNamespace(looks=looks), each=each)
+    [system] = wanted._ask(cluster_in(tmp_path), reached).systems
+    assert (system.nodes, system.glibc) == (["gpu-a", "gpu-b"], "2.9")
+    states["gpu-b"] = replace(node, glibc=None)
+    with pytest.raises(BundleError, match="gpu-b: it has no glibc"):
+        wanted._ask(cluster_in(tmp_path), reached)
+
+
+def test_a_wheel_that_the_oldest_node_cannot_install_is_not_taken(tmp_path: Path) -> None:
+    """By pip itself, from an index in a folder that has wheels for an old and for a new glibc."""
+    (tmp_path / "bundle").mkdir()
+    cluster_in(tmp_path)
+    names = [f"x-1.0-cp311-cp311-manylinux_2_{minor}_x86_64.whl" for minor in (17, 28)]
+    text = CLUSTER.replace("https://pypi.example/simple", f"file://{tmp_path}/simple")
+    (tmp_path / "cluster.yaml").write_text(text.replace('protobuf: "3.20"', 'x: "1.0"'))
+    cluster = registry.read(tmp_path / "cluster.yaml")
+    section = cluster.section("environments", Environments)
+    assert section is not None
+    index = tmp_path / "simple/x"
+    index.mkdir(parents=True)
+    for name in names:
+        with zipfile.ZipFile(index / name, "w") as made:
+            made.writestr(
+                "x-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: x\nVersion: 1.0\n"
+            )
+            made.writestr("x-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\n")
+
+    def gathered(glibc: str, *offered: str) -> tuple[int, list[str]]:
+        links = [f'<a href="{name}">{name}</a>' for name in offered]
+        (index / "index.html").write_text("\n".join(links))
+        store = Store(tmp_path / "bundle")
+        store.begin()
+        fresh = wheels.gather(store, cluster, section.each()[0], "3.11", {"x86_64": glibc})
+        store.close()
+        return fresh, [path.name for path in (tmp_path / "bundle/wheels/main").iterdir()]
+
+    assert gathered("2.36", *names) == (1, names[1:])
+    assert gathered("2.17", *names) == (
+        1,
+        names[:1],
+    )  # an older node came, and the newer wheel goes
+    assert gathered("2.36") == (0, names[:1])
+    (tmp_path / "bundle/wheels/main" / names[0]).unlink()
+    with pytest.raises(
+        BundleError, match=r"x==1.0 for Python 3.11 on x86_64 with glibc 2.27: .*No match"
+    ):
+        gathered("2.27", names[1])
 
 
 @pytest.mark.parametrize(
