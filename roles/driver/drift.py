@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 from roles.core.role import Finding, Peers, Target
 from roles.driver.gpus import driver_for_cuda, unfit
-from roles.driver.probe import BLOCK_FILE, DriverState, Kernel, Source
+from roles.driver.probe import BLOCK_FILE, DRIVER_NAMES, DriverState, Kernel, Source
 from roles.driver.spec import DriverSpec, Wanted, branch
 from roles.packages.fences import differing, open_fence
 
@@ -43,7 +44,7 @@ def source_of(wanted: Wanted, state: DriverState) -> Source | None:
 
 def is_driver(source: Source) -> bool:
     """Not nvidia-fs, nvidia-peermem and the like, which have versions of their own."""
-    return bool(re.fullmatch(r"nvidia(-(open|current|tesla|legacy|[0-9]).*)?", source.name))
+    return any(fnmatchcase(source.name, pattern) for pattern in DRIVER_NAMES.split("|"))
 
 
 @dataclass(frozen=True)
@@ -295,7 +296,7 @@ def _nouveau(state: DriverState) -> Iterator[Finding]:
         yield Finding(
             "nouveau-initramfs",
             "an initramfs that keeps nouveau out",
-            f"that of {', '.join(old)} is older than {BLOCK_FILE}",
+            f"that of {', '.join(old)} is older than what blocks it in modprobe.d",
             "it is made again",
         )
     if state.nouveau is not None:

@@ -22,8 +22,13 @@ STAMP = "/var/lib/lockstep/driver-seen"
 BLOCK_FILE = "/etc/modprobe.d/lockstep-nouveau.conf"
 SERVICES = ("nvidia-persistenced.service", "nvidia-fabricmanager.service")
 
-DRIVER_NAMES = "nvidia|nvidia-open|nvidia-current*|nvidia-tesla*|nvidia-legacy*|nvidia-[0-9]*"
-"""Names under which dkms knows the driver, as a shell pattern; nvidia-fs and others are not it."""
+DRIVER_NAMES = (
+    "nvidia|nvidia-open*|nvidia-srv*|nvidia-current*|nvidia-tesla*|nvidia-legacy*|nvidia-[0-9]*"
+)
+"""Names under which dkms knows the driver, as a shell pattern; nvidia-fs and others are not it.
+
+nvidia-srv is that of Ubuntu's packages for servers, as nvidia-driver-535-server.
+"""
 
 SecureBoot = Literal["off", "on", "enrolled"]
 
@@ -32,7 +37,7 @@ SecureBoot = Literal["off", "on", "enrolled"]
 class Kernel:
     """A kernel that can be booted. headers: modules can be built for it.
 
-    old_image: its initramfs is older than our file that blocks nouveau.
+    old_image: its initramfs was made before anything blocked nouveau.
     """
 
     release: str
@@ -188,20 +193,11 @@ slow() {
 }
 """.replace("NAMES", DRIVER_NAMES)
 
-_FAST = (
-    r"""
+_FAST = r"""
 command -v modinfo >/dev/null || { echo 'modinfo is not there (package kmod)' >&2; exit 3; }
 say kernel "$kernel"
 say container $container
 if command -v dkms >/dev/null; then say dkms yes; else say dkms no; fi
-for k in $all; do
-  headers=no image=new
-  if test -e /lib/modules/$k/build/Makefile; then headers=yes; fi
-  for f in /boot/initrd.img-$k /boot/initramfs-$k.img; do
-    if test -e $f && test BLOCK -nt $f; then image=old; fi
-  done
-  case " $kernels " in *" $k "*) say bootable $k $headers $image;; *) say running $k $headers $image;; esac
-done
 if command -v dpkg-query >/dev/null; then
   say manager apt
   for f in /var/lib/dpkg/info/linux-image-*.list; do
@@ -230,11 +226,25 @@ done
 for f in $prefixes; do
   for f in "$f"/lib/python3*/site-packages/torch/version.py; do if test -f "$f"; then set -- "$@" "$f"; fi; done
 done
-awk '
+found=$(awk '
 FILENAME ~ /version\.py$/ { if (/^cuda/) print "cuda\t" FILENAME "\t" $0; next }
 FILENAME ~ /dkms\.conf$/ { if (/^[ \t]*PACKAGE_(NAME|VERSION)=/) print "source\t" FILENAME "\t" $0; next }
-$1 == "blacklist" && $2 == "nouveau" { blocked = 1 }
-END { print "blocked\t" (blocked ? "yes" : "no") }' "$@" /dev/null || exit 3
+$1 == "blacklist" && $2 == "nouveau" { print "blocks\t" FILENAME }' "$@" /dev/null) || exit 3
+set --
+while IFS= read -r f; do
+  case $f in "blocks$tab"*) set -- "$@" "${f#*"$tab"}";; ?*) printf '%s\n' "$f";; esac
+done <<FOUND
+$found
+FOUND
+if test $# = 0; then say blocked no; else say blocked yes; fi
+for k in $all; do
+  headers=no image=new
+  if test -e /lib/modules/$k/build/Makefile; then headers=yes; fi
+  for f in /boot/initrd.img-$k /boot/initramfs-$k.img; do  # by ctime: a copied file may keep an old mtime
+    if test -e $f && test $# -gt 0; then n=$(find -L "$@" ! -cnewer $f) || exit 3; test -n "$n" || image=old; fi
+  done
+  case " $kernels " in *" $k "*) say bootable $k $headers $image;; *) say running $k $headers $image;; esac
+done
 if test $container = no; then
   if test -e /proc/modules; then
     while read -r n f used rest; do if test "$n" = nouveau; then say nouveau $used; fi; done </proc/modules
@@ -274,10 +284,7 @@ case $seen in
   *) slow || exit 3;;
 esac
 echo end
-""".replace("BLOCK", BLOCK_FILE)
-    .replace("STAMP", STAMP)
-    .replace("SERVICES", " ".join(SERVICES))
-)
+""".replace("STAMP", STAMP).replace("SERVICES", " ".join(SERVICES))
 
 STAMPING = f"""
 now=$(key) && seen=$(slow) && mkdir -p {STAMP.rpartition("/")[0]} &&

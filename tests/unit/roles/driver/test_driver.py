@@ -6,8 +6,11 @@ hand in the probe's format, since it needs GPUs.
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import subprocess
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -67,6 +70,35 @@ def steps(state: DriverState, **declared: Any) -> list[str]:
     done = list(role.converge(target(**declared), state, {}, now))
     assert all(isinstance(step, Shell) for step in done)
     return [step.command for step in done if isinstance(step, Shell)]
+
+
+def looked(root: Path, *files: str, **tools: str) -> DriverState:
+    """What the probe shows of a machine whose files lie below a folder. tools: name to what it runs."""
+    for name in (f"boot/vmlinuz-{K}", *files):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    (root / "proc/sys/kernel").mkdir(parents=True)
+    (root / "proc/sys/kernel/osrelease").write_text(f"{K}\n")
+    (root / "bin").mkdir()
+    for name, text in {
+        "modinfo": "echo not found; exit 1",
+        "dpkg-query": "exit 1",
+        **tools,
+    }.items():
+        (root / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
+        (root / "bin" / name).chmod(0o755)
+    places = r"boot|usr/src|(etc|usr/lib|lib)/modprobe\.d|lib/modules|var/lib/dkms|proc/sys/kernel"
+    script = re.sub(rf"(?<!\w)/(?={places})", f"{root}/", probe(target(WITHOUT, nodes=["node1"])))
+    done = subprocess.run(
+        ["sh", "-c", script],
+        env={"PATH": f"{root}/bin:/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    state = parse(done.stdout.strip("\n"))
+    assert state is not None
+    return state
 
 
 def statuses() -> dict[str, list[str]]:
@@ -447,6 +479,63 @@ def test_nouveau_is_kept_out_of_modprobe_and_of_the_initramfs() -> None:
     assert idle.repairable and not busy.repairable and "reboot" in busy.fix
 
 
+OWN, PACKAGED = "etc/modprobe.d/own file.conf", "usr/lib/modprobe.d/nvidia.conf"
+
+
+@pytest.mark.parametrize("image", [f"boot/initrd.img-{K}", f"boot/initramfs-{K}.img"])
+@pytest.mark.parametrize(
+    ("blocking", "made", "expected"),
+    [
+        ((), 60, ["nouveau-not-blocked"]),
+        ((OWN,), -60, ["nouveau-initramfs"]),
+        ((OWN, PACKAGED), -60, ["nouveau-initramfs"]),
+        ((OWN,), 60, []),
+    ],
+)
+def test_an_initramfs_from_before_whatever_file_blocks_nouveau_is_made_again(
+    tmp_path: Path, image: str, blocking: tuple[str, ...], made: int, expected: list[str]
+) -> None:
+    """made: seconds after the files came. Their own time of change is of no account: a copy may keep it."""
+    for name in (image, OWN, PACKAGED):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("blacklist nouveau\n" if name in blocking else "# nothing\n")
+        os.utime(tmp_path / name, (0, 0))
+    os.utime(tmp_path / image, (0, time.time() + made))
+    state = replace(RIGHT, blocked=(there := looked(tmp_path)).blocked, kernels=there.kernels)
+    assert ids(state) == expected and [kernel.release for kernel in there.kernels] == [K]
+    if expected == ["nouveau-initramfs"]:
+        assert "update-initramfs -u -k" in steps(state)[0]
+        busy = {found.id: found for found in found(replace(state, nouveau=4))}
+        assert busy["nouveau-initramfs"].repairable and "reboot" in busy["nouveau-loaded"].fix
+
+
+def test_an_initramfs_is_right_when_one_file_blocked_nouveau_before_it(tmp_path: Path) -> None:
+    (tmp_path / "etc/modprobe.d").mkdir(parents=True)
+    (tmp_path / "boot").mkdir()
+    for name in ("etc/modprobe.d/a.conf", f"boot/initrd.img-{K}", "etc/modprobe.d/b.conf"):
+        (tmp_path / name).write_text("blacklist nouveau\n")
+        time.sleep(0.02)
+    (kernel,) = looked(tmp_path).kernels
+    assert not kernel.old_image
+
+
+def test_ubuntus_driver_for_servers_is_the_driver_and_nvidia_fs_is_not(tmp_path: Path) -> None:
+    for name, version in (("nvidia-srv", V), ("nvidia-fs", "2.13.5")):
+        for folder in (f"usr/src/{name}-{version}", f"var/lib/dkms/{name}/{version}/source"):
+            (tmp_path / folder).mkdir(parents=True)
+            conf = f'PACKAGE_NAME="{name}"\nPACKAGE_VERSION="{version}"\n'
+            (tmp_path / folder / "dkms.conf").write_text(conf)
+    state = looked(
+        tmp_path,
+        dkms=f"echo nvidia-srv/{V}, {K}, x86_64: installed",
+        modinfo=f"echo 'filename: /lib/modules/{K}/updates/dkms/nvidia.ko'; echo version: {V}; echo license: NVIDIA",
+    )
+    there = replace(state, container=True, blocked=True, following=())
+    assert state.tree == {("nvidia-srv", V): True} and ids(there, nodes=["node1"]) == []
+    unbuilt = replace(there, entries=(Entry("nvidia-srv", V, "added"),))
+    assert any(step.startswith("name=nvidia-srv ") for step in steps(unbuilt, nodes=["node1"]))
+
+
 def unit(name: str, **changed: str) -> DriverState:
     units = dict(RIGHT.units)
     units[name] = replace(units[name], **changed)
@@ -680,8 +769,6 @@ def test_facts_are_compared_within_a_gpu_class() -> None:
 
 
 def test_log_lines_match_their_own_symptom_and_not_the_neighbours() -> None:
-    import re
-
     folder = Path(__file__).parents[4] / "roles/driver"
     entries = yaml.safe_load((folder / "symptoms.yaml").read_text())
     lines = {
