@@ -1,5 +1,5 @@
 """archives: what the environments are unpacked from travels once: to the shared storage by way of the head,
-or to one node, from which each passes it on to the next.
+or to one node, from which each passes it on to the next. The head removes there what its cluster uses no more.
 
 A role of its own, so that all nodes unpack at the same time once the archive has arrived. Its time limit is
 for a directory on a slow file server, of which every file is looked at.

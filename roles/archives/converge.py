@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from roles.archives.drift import missing
+from roles.archives.depot import forget
+from roles.archives.drift import missing, unnoted, unused
 from roles.archives.probe import ArchivesState, taker
 from roles.archives.taking import take
 from roles.core import relay
 from roles.core.role import Finding, Peers, Target
 from roles.core.steps import Shell, Step
-from roles.environment.parcel import deliver
+from roles.environment.parcel import deliver, note
 from roles.environment.spec import Environments
+
+FORGET_SECONDS = 300
+"""Time limit for the removal of large files from a slow file server."""
 
 
 def converge(
@@ -25,6 +29,12 @@ def converge(
         if not each.finding.repairable:
             continue
         if each.parcel:
+            if each.parcel.shared(target.cluster):
+                yield Shell(note(target.cluster, each.parcel))
             yield from deliver(each.parcel, target, state.parcels, peers)
         elif each.place and target.is_head:
             yield from take(target, each.one, each.place, state.sources[each.one.name])
+    for parcel in unnoted(target, state):
+        yield Shell(note(target.cluster, parcel))
+    if left := unused(target, state):
+        yield Shell(forget(target.cluster, left), FORGET_SECONDS)

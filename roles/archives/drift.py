@@ -5,10 +5,11 @@ A source on the shared storage that the control machine cannot see is read first
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from roles.archives.probe import ArchivesState
+from roles.core.chain import MB
 from roles.core.role import Finding, Peers, Target
 from roles.environment.archive import Archive
 from roles.environment.fit import misfit
@@ -33,7 +34,8 @@ class Missing:
 
 def drift(target: Target[Environments], state: ArchivesState, peers: Peers) -> list[Finding]:
     """Findings about the shared storage are the head's; it asks the others only when an archive is not there."""
-    return [*(each.finding for each in missing(target, state, peers)), *_keys(state)]
+    found = [each.finding for each in missing(target, state, peers)]
+    return [*found, *_notes(target, state), *_keys(state)]
 
 
 def first(target: Target[Environments], state: ArchivesState, peers: Peers) -> str | None:
@@ -102,6 +104,45 @@ def _unread(target: Target[Environments], state: ArchivesState, one: Declared) -
         seen = "changed since it was read" if changed else "not read yet"
         return Finding("archive-unread", want, seen, "it is read once, by way of the head")
     return None
+
+
+def unnoted(target: Target[Environments], state: ArchivesState) -> list[Parcel]:
+    """Archives that lie on the shared storage and are used by this cluster, as its head did not note yet."""
+    used = (parcel for parcel in _parcels(target) if parcel.shared(target.cluster) in state.parcels)
+    return [parcel for parcel in used if target.is_head and parcel.name not in state.noted]
+
+
+def unused(target: Target[Environments], state: ArchivesState) -> Mapping[str, int]:
+    """Archives that this cluster uses no more, with their bytes; none while some environment's is not known."""
+    known = (
+        archive_of(target.cluster, one) and not _unread(target, state, one)
+        for one in target.spec.each()
+    )
+    return state.unused if all(known) else {}
+
+
+def _parcels(target: Target[Environments]) -> Iterator[Parcel]:
+    for one in target.spec.each():
+        if archive := archive_of(target.cluster, one):
+            yield parcel_of(target.cluster, one, archive)
+
+
+def _notes(target: Target[Environments], state: ArchivesState) -> Iterator[Finding]:
+    if lacking := unnoted(target, state):
+        yield Finding(
+            "archive-unnoted",
+            f"a note on the shared storage that {target.cluster.name} uses "
+            + ", ".join(parcel.name for parcel in lacking),
+            "none",
+            "it is left there, so that no other cluster removes what this one uses",
+        )
+    if left := unused(target, state):
+        yield Finding(
+            "archive-unused",
+            f"no archive on the shared storage that only earlier environments of {target.cluster.name} used",
+            ", ".join(f"{name} ({size // MB} MB)" for name, size in sorted(left.items())),
+            "what no other cluster of this storage uses is removed",
+        )
 
 
 def _needs(state: ArchivesState, one: Declared, archive: Archive) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from roles.archives import taking
+from roles.archives import depot, taking
 from roles.core import relay
 from roles.core.role import Target, Unreadable, whole
 from roles.core.steps import quote
@@ -22,6 +22,8 @@ class ArchivesState:
 
     parcels: places that hold an archive. node: what it offers to run them. stale_keys: names of one-time keys whose transfer is over.
     sources: environment to the identity of its source on the shared storage, as the head sees it.
+    noted: names of the declared archives that the head noted there as used. unused: those that it noted earlier
+    and that nothing came to lately, with their bytes.
     """
 
     unpacked: Mapping[str, frozenset[str]]
@@ -29,11 +31,13 @@ class ArchivesState:
     node: Offer
     stale_keys: frozenset[str] = frozenset()
     sources: Mapping[str, str] = field(default_factory=dict)
+    noted: frozenset[str] = frozenset()
+    unused: Mapping[str, int] = field(default_factory=dict)
 
 
 def probe(target: Target[Environments]) -> str:
-    """What the node offers, then ``source NAME IDENTITY``, ``stamp NAME JSON``, ``parcel PATH`` and ``key NAME``;
-    ``end`` is the last."""
+    """What the node offers, then ``source NAME IDENTITY``, ``stamp NAME JSON``, ``parcel PATH``, ``noted NAME``,
+    ``unused NAME BYTES`` and ``key NAME``; ``end`` is the last."""
     parts, parcels = [], []
     for one in target.spec.each():
         if target.is_head:
@@ -48,7 +52,10 @@ def probe(target: Target[Environments]) -> str:
             f"    printf 'stamp %s %s\\n' {one.name} \"$l\"; fi\ndone\n"
         )
     keys = f"{relay.stale(target.node.ssh.user, taker(target)).strip()} | sed 's/^/key /'\n"
-    return "".join([PROBE, *parts, parcel.probe(parcels, target.cluster), keys, "echo end\n"])
+    notes = depot.probe(target.cluster, parcels) if target.is_head else ""
+    return "".join(
+        [PROBE, *parts, parcel.probe(parcels, target.cluster), notes, keys, "echo end\n"]
+    )
 
 
 def taker(target: Target[Environments]) -> str:
@@ -63,6 +70,8 @@ def parse(text: str) -> ArchivesState:
     parcels: set[str] = set()
     keys: set[str] = set()
     sources: dict[str, str] = {}
+    noted: set[str] = set()
+    unused: dict[str, int] = {}
     node, rest = offer(text)
     for line in rest.split("\n"):
         word, _, value = line.partition(" ")
@@ -74,9 +83,16 @@ def parse(text: str) -> ArchivesState:
         elif word == "source":
             name, identity = value.split(" ")
             sources[name] = identity
+        elif word == "noted":
+            noted.add(value)
+        elif word == "unused":
+            name, size = value.split(" ")
+            unused[name] = int(size)
         elif word == "key" and value.startswith(relay.MARK):
             keys.add(value)
         elif line:
             raise Unreadable(f"unexpected line {line!r}")
     whole_trees = {name: frozenset(found) for name, found in unpacked.items()}
-    return ArchivesState(whole_trees, frozenset(parcels), node, frozenset(keys), sources)
+    return ArchivesState(
+        whole_trees, frozenset(parcels), node, frozenset(keys), sources, frozenset(noted), unused
+    )

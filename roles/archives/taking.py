@@ -13,6 +13,7 @@ from inventory.cluster import Cluster
 from roles.core.role import Target
 from roles.core.steps import Download, Shell, Step, quote
 from roles.environment.archive import ArchiveProblem, read
+from roles.environment.parcel import note
 from roles.environment.probe import parcel_of
 from roles.environment.sources import CACHES, folder_of, note_read, on_shared
 from roles.environment.spec import Declared
@@ -58,8 +59,9 @@ def take(target: Target[Any], one: Declared, place: str, identity: str) -> Itera
         return
     finally:
         here.unlink(missing_ok=True)
-    published = parcel_of(target.cluster, one, archive).shared(target.cluster)
-    yield Shell(f"mv -f {quote(taken)} {quote(str(published))}")
+    parcel = parcel_of(target.cluster, one, archive)
+    published = quote(str(parcel.shared(target.cluster)))
+    yield Shell(f"{note(target.cluster, parcel)}mv -f {quote(taken)} {published}")
 
 
 def _link(place: str, taken: str) -> str:

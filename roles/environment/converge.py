@@ -17,7 +17,7 @@ from roles.core.steps import Shell, Step, quote, settled
 from roles.environment import parcel
 from roles.environment.archive import Archive
 from roles.environment.drift import Action, Pair, pairs, wanted_proof, wanted_stamp
-from roles.environment.parcel import deliver, intact, place_of
+from roles.environment.parcel import deliver, intact, note, place_of
 from roles.environment.probe import BIN_ON_PATH, EnvironmentState, archive_of, parcel_of
 from roles.environment.prove import STAMP
 from roles.environment.sources import described
@@ -73,9 +73,10 @@ def converge(
             if whole:
                 yield Shell(alone(put_in_place(one, archive)), UNPACK_SECONDS)
             else:
-                yield Shell(alone(prepare(one, archive)), UNPACK_SECONDS)
-                yield from deliver(own, target, state.parcels, peers)
                 path = place_of(own, target, state.parcels, peers)
+                noted = note(target.cluster, own) if path != own.local() and target.is_head else ""
+                yield Shell(alone(prepare(one, archive) + noted), UNPACK_SECONDS)
+                yield from deliver(own, target, state.parcels, peers)
                 command = unpack(one, archive, path, _kept(target.cluster))
                 if seen.stamp.strip() != wanted_stamp(one, archive):
                     command = unless_stamped(one, archive) + command

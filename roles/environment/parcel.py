@@ -31,6 +31,11 @@ class Parcel:
     place: str
     by_nodes: bool = False
 
+    @property
+    def name(self) -> str:
+        """Of the file, wherever it lies."""
+        return self.place.rpartition("/")[2]
+
     def local(self) -> str:
         """Where it lies on a node that has it for itself."""
         return f"{LOCAL}/{self.place}"
@@ -70,6 +75,20 @@ def place_of(parcel: Parcel, target: Target[Any], seen: Collection[str], peers: 
     if shared and (shared in seen or shared in _of_head(target, peers) or target.is_head):
         return shared
     return parcel.local()
+
+
+def notes(cluster: Cluster) -> str:
+    """The folder in which the head notes what this cluster uses of the shared storage, an empty file each.
+
+    Names of clusters are chosen without knowledge of others; heads of one storage have an address each.
+    """
+    return f"{depot(cluster)}/used/{cluster.name}@{cluster.head.address}"
+
+
+def note(cluster: Cluster, parcel: Parcel) -> str:
+    """Shell for the head that notes it, before it comes: so no other cluster removes it meanwhile."""
+    folder = quote(notes(cluster))
+    return f"umask 022\nmkdir -p {folder}\ntouch {folder}/{quote(parcel.name)}\n"
 
 
 def intact(sha256: str, place: str) -> str:

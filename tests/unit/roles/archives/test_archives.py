@@ -25,11 +25,12 @@ from roles.environment import archive
 from roles.environment.archive import Archive, ArchiveProblem
 from roles.environment.fit import Needs, Offer
 from roles.environment.spec import Environments
-from roles.storage.spec import StorageSpec
+from roles.storage.spec import StorageSpec, depot
 from tests.unit.roles.environment.made import CONDA, pack
 
 ARCHIVE = Archive("ab" * 32, 5000, "tar.zst", "", "3.11", "bin/python3", None)
 PLACE = f"/shared/.lockstep/archives/{ARCHIVE.file_name}"
+NOTES = "/shared/.lockstep/used/lab@10.0.0.1"
 NODES = {f"node{n}": Node(name=f"node{n}", address=f"10.0.0.{n}") for n in (1, 2, 3)}
 NODE = Offer("x86_64", "2.36")
 HAVE = ArchivesState({"llm": frozenset({"00", ARCHIVE.sha256})}, frozenset(), NODE)
@@ -45,14 +46,18 @@ def known_archive(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def target(
-    name: str = "node1", shared: bool = True, way: str | None = None
+    name: str = "node1",
+    shared: bool = True,
+    way: str | None = None,
+    path: str = "/shared",
+    called: str = "lab",
 ) -> Target[Environments]:
     entry = {"archive": "/archives/llm.tar.zst", "distribute": way}
     section = Environments.model_validate({"llm": entry})
     sections: dict[str, Spec] = {"environments": section} | (
-        {"storage": StorageSpec(kind="existing", path="/shared")} if shared else {}
+        {"storage": StorageSpec(kind="existing", path=path)} if shared else {}
     )
-    cluster = Cluster("lab", Path("lab.yaml"), NODES, sections=sections)
+    cluster = Cluster(called, Path("lab.yaml"), NODES, sections=sections)
     return Target(cluster, NODES[name], section)
 
 
@@ -60,12 +65,15 @@ def test_the_head_publishes_what_some_node_needs_and_names_those_nodes() -> None
     (finding,) = drift(target(), HAVE, {"node2": OLD, "node3": LACK})
     assert finding.id == "archive-unpublished" and "for node2, node3" in finding.want
     steps = list(converge(target(), HAVE, {"node2": OLD}, [finding]))
-    assert steps == [Upload(Path("/archives/llm.tar.zst"), PLACE, ARCHIVE.sha256)]
+    note, upload = steps
+    assert isinstance(note, Shell) and f"touch {NOTES}/{ARCHIVE.file_name}" in note.command
+    assert upload == Upload(Path("/archives/llm.tar.zst"), PLACE, ARCHIVE.sha256)
 
 
 def test_nothing_is_published_that_nobody_needs_or_that_lies_there() -> None:
     assert drift(target(), HAVE, {"node2": HAVE}) == []
-    assert drift(target(), ArchivesState({}, frozenset({PLACE}), NODE), {"node2": LACK}) == []
+    there = ArchivesState({}, frozenset({PLACE}), NODE, noted=frozenset({ARCHIVE.file_name}))
+    assert drift(target(), there, {"node2": LACK}) == []
 
 
 def test_an_archive_that_runs_on_no_node_that_lacks_it_is_not_published(
@@ -129,13 +137,15 @@ def test_an_unusable_archive_is_left_to_the_environment_role(
 def test_what_the_probe_prints_is_read() -> None:
     text = (
         f'machine x86_64\nglibc 2.36\nstamp llm {{"archive": "{ARCHIVE.sha256}"}}\nstamp llm {{"archive": "00"}}\n'
-        f"stamp other no json\nparcel {PLACE}\nkey lockstep-relay-12\nend"
+        f"stamp other no json\nparcel {PLACE}\nnoted x.tar\nunused y.tar 12\nkey lockstep-relay-12\nend"
     )
     expected = ArchivesState(
         {"llm": frozenset({ARCHIVE.sha256, "00"}), "other": frozenset({""})},
         frozenset({PLACE}),
         NODE,
         frozenset({"lockstep-relay-12"}),
+        noted=frozenset({"x.tar"}),
+        unused={"y.tar": 12},
     )
     assert parse(text) == expected
 
@@ -154,6 +164,102 @@ def test_what_the_probe_prints_is_read() -> None:
 def test_garbage_is_unreadable(text: str) -> None:
     with pytest.raises(Unreadable):
         parse(text)
+
+
+# --- what this cluster uses no more ---
+
+DROPPED = f"{'cd' * 32}.tar"
+
+
+def depot_of(storage: Path, called: str = "lab", way: str | None = None) -> Target[Environments]:
+    return target(path=str(storage), called=called, way=way)
+
+
+def head_sees(where: Target[Environments]) -> ArchivesState:
+    """What its probe prints of the depot."""
+    names = ("parcel ", "noted ", "unused ")
+    lines = [line for line in sh(probe(where)).splitlines() if line.startswith(names)]
+    return parse("\n".join(["machine x86_64", "glibc 2.36", *lines, "end"]))
+
+
+def sh(script: str) -> str:
+    done = subprocess.run(["dash", "-e"], input=script, capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def converged(where: Target[Environments]) -> list[str]:
+    """Carry out what the head does about its depot; ids of the findings."""
+    state = head_sees(where)
+    found = drift(where, state, {})
+    for step in converge(where, state, {}, found):
+        if isinstance(step, Shell):
+            sh(step.command)
+    return [finding.id for finding in found if finding.id != "archive-unpublished"]
+
+
+def used_before(where: Target[Environments], name: str, minutes: int = 90) -> None:
+    """The archive lies in the depot, which the cluster's head noted so long ago."""
+    lockstep = Path(str(depot(where.cluster)))
+    note = lockstep / f"used/{where.cluster.name}@10.0.0.1/{name}"
+    for path in (note, lockstep / "archives" / name):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("bytes")
+        subprocess.run(["touch", "-d", f"-{minutes} min", path], check=True)
+
+
+def test_an_archive_of_an_earlier_environment_leaves_the_shared_storage(tmp_path: Path) -> None:
+    where, archives = depot_of(tmp_path), tmp_path / ".lockstep/archives"
+    used_before(where, ARCHIVE.file_name)
+    used_before(where, DROPPED)
+    (archives / f".{DROPPED}.arriving").mkdir()
+    subprocess.run(["touch", "-d", "-2 hours", archives / f".{DROPPED}.arriving"], check=True)
+    (archives / f"{'ee' * 32}.tar").write_text("nobody noted whose it is")
+    (archives / "own.txt").write_text("a user's")
+    (finding,) = drift(where, head_sees(where), {})
+    assert finding.id == "archive-unused" and finding.seen == f"{DROPPED} (0 MB)"
+    assert converged(where) == ["archive-unused"] and converged(where) == []
+    left = {path.name for path in archives.iterdir()}
+    assert left == {ARCHIVE.file_name, f"{'ee' * 32}.tar", "own.txt"}
+
+
+def test_an_archive_stays_that_another_cluster_of_the_storage_uses(tmp_path: Path) -> None:
+    ours, theirs = depot_of(tmp_path), depot_of(tmp_path, "other")
+    used_before(ours, ARCHIVE.file_name)
+    assert converged(theirs) == ["archive-unnoted"] and converged(theirs) == []
+    archive = tmp_path / ".lockstep/archives" / ARCHIVE.file_name
+    by_nodes = depot_of(tmp_path, way="nodes")
+    assert converged(by_nodes) == ["archive-undelivered", "archive-unused"]
+    assert archive.exists() and not head_sees(by_nodes).unused
+
+
+@pytest.mark.parametrize("grows", [True, False])
+def test_what_may_still_be_on_its_way_or_was_noted_just_now_stays(
+    tmp_path: Path, grows: bool
+) -> None:
+    where = depot_of(tmp_path)
+    used_before(where, DROPPED, minutes=90 if grows else 5)
+    if grows:
+        arriving = tmp_path / f".lockstep/archives/.{DROPPED}.arriving/{'cd' * 32}"
+        arriving.parent.mkdir()
+        arriving.touch()
+    assert converged(where) == [] and not head_sees(where).unused
+
+
+def test_nothing_is_removed_while_it_is_not_known_what_an_environment_uses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = depot_of(tmp_path)
+    used_before(where, DROPPED)
+    assert head_sees(where).unused
+    monkeypatch.setattr(sys.modules["roles.archives.drift"], "archive_of", lambda *_: None)
+    assert drift(where, head_sees(where), {}) == []
+
+
+def test_workers_leave_the_notes_alone(tmp_path: Path) -> None:
+    used_before(depot_of(tmp_path), ARCHIVE.file_name)
+    used_before(depot_of(tmp_path), DROPPED)
+    worker = target("node2", path=str(tmp_path))
+    assert not head_sees(worker).noted and drift(worker, head_sees(worker), {}) == []
 
 
 # --- sources on the shared storage, which only the nodes see ---
@@ -181,9 +287,9 @@ def of_shared(name: str = "node1", kind: str = "archive", **entry: Any) -> Targe
 
 
 def seen(identity: str | None, *parcels: str) -> ArchivesState:
-    return ArchivesState(
-        {}, frozenset(parcels), NODE, sources={"llm": identity} if identity else {}
-    )
+    noted = frozenset(parcel.rpartition("/")[2] for parcel in parcels)
+    sources = {"llm": identity} if identity else {}
+    return ArchivesState({}, frozenset(parcels), NODE, sources=sources, noted=noted)
 
 
 def test_what_nobody_read_is_read_by_the_head_while_the_others_wait(unseen: Path) -> None:
@@ -213,7 +319,9 @@ def test_the_head_publishes_it_and_it_is_read_here_and_leaves_no_copy(unseen: Pa
     pack(brought.destination, CONDA)
     digest = hashlib.sha256(brought.destination.read_bytes()).hexdigest()
     place = f"/shared/.lockstep/archives/{digest}.tar"
-    assert list(steps) == [Shell(f"mv -f {taken} {place}")]
+    (published,) = steps
+    assert isinstance(published, Shell) and published.command.endswith(f"mv -f {taken} {place}")
+    assert f"touch {NOTES}/{digest}.tar\n" in published.command
     assert not brought.destination.exists()
 
     assert drift(of_shared(), seen("1-2-3", place), {}) == []

@@ -454,6 +454,12 @@ def test_a_worker_whose_head_cannot_be_read_gets_its_own_copy_and_never_writes_t
     assert f"A={upload.destination}" in unpack.command
 
 
+def test_the_head_notes_what_it_brings_to_the_shared_storage_and_nobody_else_does() -> None:
+    note = f"touch /shared/.lockstep/used/lab@10.0.0.1/{ARCHIVE.file_name}\n"
+    cases: list[dict[str, Any]] = [{}, {"name": "node2"}, {"shared": False}]
+    assert [note in steps(MISSING, **case)[0].command for case in cases] == [True, False, False]
+
+
 def test_without_a_shared_storage_each_node_gets_a_copy() -> None:
     for name in NODES:
         _, upload, _ = steps(MISSING, name, shared=False)
