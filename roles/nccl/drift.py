@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 from inventory.cluster import Cluster
 from roles.core.role import Finding, Peers, Target
 from roles.environment.probe import archive_of
-from roles.environment.spec import Environments, of_metadata
+from roles.environment.spec import Declared, Environments, of_metadata
 from roles.nccl.probe import Library, NcclState
 from roles.nccl.spec import AUTO, DEBS, RPMS, NcclSpec, declared_environments, environment_of
 from roles.nccl.version import Cuda, cuda_of, nearest, read, upstream_of_distribution
@@ -47,11 +47,18 @@ def wheels_in(folders: Iterable[str]) -> dict[str, str]:
     return {name: version for name, version in pairs if name.startswith(WHEELS)}
 
 
-def archive_folders(spec: NcclSpec, cluster: Cluster) -> tuple[str, ...]:
-    """Metadata folders in the archive of the environment to ask."""
-    one = environment_of(spec, cluster)
-    archive = archive_of(cluster, one) if one else None
+def archive_folders(cluster: Cluster, one: Declared) -> tuple[str, ...]:
+    """Metadata folders in the archive of an environment."""
+    archive = archive_of(cluster, one)
     return archive.distributions if archive else ()
+
+
+def _folders(target: Target[NcclSpec], state: NcclState) -> tuple[Iterable[str], Iterable[str]]:
+    """Metadata folders of the environment to ask: in its archive, and on the node."""
+    one = environment_of(target.spec, target.cluster)
+    if one is None:
+        return (), ()
+    return archive_folders(target.cluster, one), state.distributions.get(one.name, ())
 
 
 def wanted(target: Target[NcclSpec], state: NcclState) -> Wanted | Finding | None:
@@ -61,13 +68,13 @@ def wanted(target: Target[NcclSpec], state: NcclState) -> Wanted | Finding | Non
     looks again.
     """
     spec = target.spec
-    folders = archive_folders(spec, target.cluster)
     cuda = _cuda(target, state)
     upstream: str | None
     if spec.version == AUTO:
         upstream = state.facts.get("nccl")
         if upstream is None or " and " in upstream:
-            wheels = wheels_in(folders) or wheels_in(state.distributions)
+            packed, there = _folders(target, state)
+            wheels = wheels_in(packed) or wheels_in(there)
             upstream = next(iter(wheels.values())) if len(set(wheels.values())) == 1 else None
         upstream = upstream_of_distribution(upstream or "")
         if upstream is None:
@@ -86,8 +93,8 @@ def wanted(target: Target[NcclSpec], state: NcclState) -> Wanted | Finding | Non
 
 
 def _cuda(target: Target[NcclSpec], state: NcclState) -> Cuda | None:
-    folders = archive_folders(target.spec, target.cluster)
-    return cuda_of(state.facts.get("torch", ""), [*state.distributions, *folders])
+    packed, there = _folders(target, state)
+    return cuda_of(state.facts.get("torch", ""), [*there, *packed])
 
 
 def installs(target: Target[NcclSpec], state: NcclState) -> list[str]:
@@ -136,21 +143,25 @@ def drift(target: Target[NcclSpec], state: NcclState, peers: Peers) -> list[Find
 
 
 def _findings(target: Target[NcclSpec], state: NcclState) -> Iterator[Finding]:
-    wheels = wheels_in(archive_folders(target.spec, target.cluster))
     section = target.cluster.section("environments", Environments)
-    if (
-        section is not None and section.manage == "unmanaged"
-    ):  # else what was added goes with the tree
-        wheels = wheels_in(state.distributions)
-    if len(wheels) > 1:
-        both = " and ".join(f"{name} {version}" for name, version in sorted(wheels.items()))
-        yield Finding(
-            "nccl-two-wheels",
-            "one nvidia-nccl-cu* distribution in the environment",
-            f"{both}: they write the same files, and the last one wins",
-            "uninstall both, install the one that torch requires, and make the archive anew",
-            repairable=False,
+    unmanaged = section is not None and section.manage == "unmanaged"
+    for one in declared_environments(target.cluster):
+        # What was added to a managed one goes with its tree.
+        folders = (
+            state.distributions.get(one.name, ())
+            if unmanaged
+            else archive_folders(target.cluster, one)
         )
+        wheels = wheels_in(folders)
+        if len(wheels) > 1:
+            both = " and ".join(f"{name} {version}" for name, version in sorted(wheels.items()))
+            yield Finding(
+                "nccl-two-wheels",
+                f"one nvidia-nccl-cu* distribution in the environment {one.name}",
+                f"{both}: they write the same files, and the last one wins",
+                "uninstall both, install the one that torch requires, and make the archive anew",
+                repairable=False,
+            )
     want = wanted(target, state)
     if isinstance(want, Finding):
         yield want

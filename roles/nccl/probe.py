@@ -12,10 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import cast
 
+from roles.core.logins import startup_files
 from roles.core.role import Target, Unreadable, whole
 from roles.core.steps import quote
 from roles.environment.prove import PROOF
-from roles.nccl.spec import AUTO, DEBS, RPMS, NcclSpec, environment_of
+from roles.nccl.spec import AUTO, DEBS, RPMS, NcclSpec, declared_environments, environment_of
 from roles.packages.fences import LOCKS, Installed, LockList, parse_installed
 from roles.packages.managers import Manager, apt_sources, dnf_sources
 from roles.packages.spec import PackagesSpec
@@ -46,7 +47,8 @@ class NcclState:
     pin: our preferences file for apt, None where there is none.
     locks: the list that dnf or yum obeys; None where its plug-in is missing or off.
     offered: versions on offer by package name; None: not asked, or no answer.
-    facts, distributions: what the environment's proof noted, and its metadata folders of interest.
+    facts: what the proof of the environment that decides noted.
+    distributions: each environment's metadata folders of interest, by its name.
     libraries: in the loader's order. owned: the packages' library files; gone: those that are missing.
     damage: what the last proof found wrong in the packages' files, or None.
     """
@@ -57,7 +59,7 @@ class NcclState:
     locks: LockList | None = None
     offered: Mapping[str, frozenset[str]] | None = None
     facts: Mapping[str, str] = field(default_factory=dict)
-    distributions: frozenset[str] = frozenset()
+    distributions: Mapping[str, frozenset[str]] = field(default_factory=dict)
     libraries: tuple[Library, ...] = ()
     owned: frozenset[str] = frozenset()
     gone: tuple[str, ...] = ()
@@ -65,11 +67,12 @@ class NcclState:
 
 
 SETTINGS = (
-    "/etc/environment /etc/profile /etc/profile.d/*.sh /etc/bash.bashrc /etc/bashrc /etc/security/pam_env.conf "
-    "/etc/systemd/system.conf /etc/systemd/system.conf.d/*.conf /etc/ld.so.preload /root/.bashrc "
-    "/root/.bash_profile /root/.bash_login /root/.profile /root/.ssh/environment /root/.deepspeed_env"
+    "/etc/security/pam_env.conf",
+    "/etc/systemd/system.conf",
+    "/etc/systemd/system.conf.d/*.conf",
+    "/etc/ld.so.preload",
 )
-"""Files that set LD_LIBRARY_PATH or LD_PRELOAD for logins, services or a launcher."""
+"""Files that set LD_LIBRARY_PATH or LD_PRELOAD, beside those of logins and launchers."""
 
 # Directories and files that the settings name: every word after the variable that is a path.
 _PATHS = r"""
@@ -78,7 +81,7 @@ FILENAME == "/etc/ld.so.preload" || match($0, /LD_(LIBRARY_PATH|PRELOAD)/) {
   if (FILENAME != "/etc/ld.so.preload") $0 = substr($0, RSTART + RLENGTH)
   n = split($0, w, /[=:;"\047 \t,]+/)
   for (i = 1; i <= n; i++) {
-    sub(/^(~|\$HOME|\$\{HOME\}|%h)\//, "/root/", w[i])
+    sub(/^(~|\$HOME|\$\{HOME\}|%h)\//, (index(FILENAME, two "/") == 1 ? two : one) "/", w[i])
     if (w[i] ~ /^\//) print FILENAME "\t" w[i]
   }
 }
@@ -112,10 +115,8 @@ for f in /usr/lib/*-linux-gnu/libnccl.so.* /usr/lib/libnccl.so.* /usr/lib64/libn
   /usr/local/lib/libnccl.so.* /usr/local/lib64/libnccl.so.* /usr/local/lib/*-linux-gnu/libnccl.so.*; do
   if test -f "$f" && ! test -L "$f"; then lib directory "$f"; fi
 done
-set --
-for f in {SETTINGS}; do if test -f "$f"; then set -- "$@" "$f"; fi; done
 if test $# -gt 0; then
-  named=$(awk '{_PATHS.strip()}' "$@") || exit 3
+  named=$(awk -v one="$one" -v two="$two" '{_PATHS.strip()}' "$@") || exit 3
   printf '%s\n' "$named" | while IFS="$tab" read -r file path; do
     case $path in
       */libnccl*.so*) lib "$file" "$path";;
@@ -198,13 +199,23 @@ satisfied "$(printf '%s\n' "$all" | while read -r word status name version; do
   if test "$status" = ii; then printf '%s ' "$version"; fi; done)" || {{
   tool=yum; if command -v dnf >/dev/null; then tool=dnf; fi
   {begin}
-  if all=$($tool -q {only} --showduplicates list {RPMS[0]} {RPMS[1]} 2>/dev/null); then
+  if all=$($tool -q {only} list --showduplicates {RPMS[0]} {RPMS[1]} 2>/dev/null); then
     echo offers; printf '%s\n' "$all" | while read -r line; do printf 'listed\t%s\n' "$line"; done
   fi
   {end}
 }}
 """
 
+
+_OF_INTEREST = r"""
+of() {
+  for s in "$2"/lib/python3*/site-packages; do
+    for d in "$s"/nvidia_nccl*-info "$s"/torch-*-info "$s"/nvidia_cuda_runtime*-info; do
+      if test -e "$d"; then printf 'd\t%s\t%s\n' "$1" "${d##*/}"; fi
+    done
+  done
+}
+"""
 
 # What is offered is asked only where it matters: not where every package has the declared version.
 _SATISFIED = r"""
@@ -227,18 +238,17 @@ def probe(target: Target[NcclSpec]) -> str:
     asked = ""
     if one is not None:
         asked = rf"""
-P={quote(one.prefix)}
-if test -f "$P/{PROOF}"; then
-  IFS= read -r l <"$P/{PROOF}"; printf 'proof\t%s\n' "$l"
+f={quote(f"{one.prefix}/{PROOF}")}
+if test -f "$f"; then
+  IFS= read -r l <"$f"; printf 'proof\t%s\n' "$l"
   if test -z "$wanted"; then
     case $l in *'"nccl": "'*) wanted=${{l#*'"nccl": "'}}; wanted=${{wanted%%[!0-9.]*}};; esac
   fi
 fi
-for d in "$P"/lib/python3*/site-packages/nvidia_nccl*-info "$P"/lib/python3*/site-packages/torch-*-info \
-  "$P"/lib/python3*/site-packages/nvidia_cuda_runtime*-info; do
-  if test -e "$d"; then printf 'd\t%s\n' "${{d##*/}}"; fi
-done
 """
+    environments = declared_environments(target.cluster)
+    asked += _OF_INTEREST if environments else ""
+    asked += "".join(f"of {quote(one.name)} {quote(one.prefix)}\n" for one in environments)
     wanted = "" if spec.version == AUTO else spec.version
     return f"""
 export LC_ALL=C PATH="$PATH:/usr/sbin:/sbin"
@@ -253,6 +263,7 @@ elif command -v rpm >/dev/null; then
 else
   echo 'neither dpkg nor rpm is there' >&2; exit 3
 fi
+{startup_files(target.node.ssh.user, *SETTINGS)}
 {_LIBRARIES.strip()}
 if test -f {DAMAGE}; then IFS= read -r l <{DAMAGE}; printf 'damage\\t%s\\n' "$l"; fi
 if test -f {PIN}; then echo pin; cat {PIN} || exit 3; fi
@@ -263,7 +274,7 @@ echo end
 _ABSENT = re.compile(
     r"dpkg-query: no packages found matching libnccl\S*|package libnccl\S* is not installed"
 )
-_COUNTS = {"package": 3, "lib": 4, "offered": 2}
+_COUNTS = {"package": 3, "lib": 4, "offered": 2, "d": 2}
 
 
 @whole
@@ -303,7 +314,7 @@ def parse(text: str) -> NcclState:
         locks=LockList.read(single["locker"], locks) if "locker" in single else None,
         offered=_offered(manager, found["offered"], found["listed"]) if offers else None,
         facts=_facts(single.get("proof", "")),
-        distributions=frozenset(values[0] for values in found["d"]),
+        distributions=_distributions(found["d"]),
         libraries=_libraries(found["lib"]),
         owned=frozenset(values[0] for values in found["owned"]),
         gone=tuple(values[0] for values in found["gone"]),
@@ -316,6 +327,11 @@ def _packages(rows: list[list[str]]) -> Installed:
         if name not in (*DEBS, *RPMS):
             raise Unreadable(f"nobody asked for the package {name!r}")
     return parse_installed(rows)
+
+
+def _distributions(rows: list[list[str]]) -> dict[str, frozenset[str]]:
+    names = dict.fromkeys(name for name, _ in rows)
+    return {each: frozenset(folder for name, folder in rows if name == each) for each in names}
 
 
 def _facts(stamp: str) -> dict[str, str]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from roles.core.logins import startup_files
 from roles.core.role import Target, Unreadable, whole
 from roles.core.steps import quote
 from roles.network import interfaces
@@ -103,18 +104,6 @@ class NetworkState:
 
 
 FILES = r"""
-echo files
-set --
-for each in /etc/environment /etc/profile /etc/profile.d/*.sh /etc/bash.bashrc /etc/bashrc \
-  "$conf" "$unit"; do
-  if test -e "$each"; then set -- "$@" "$each"; fi
-done
-for home in "$one" "$two"; do
-  for each in .bashrc .bash_profile .bash_login .profile .zshrc .nccl.conf .deepspeed_env; do
-    if test -e "$home/$each"; then set -- "$@" "$home/$each"; fi
-  done
-  if test "$one" = "$two"; then break; fi
-done
 test $# = 0 || awk -v conf="$conf" -v unit="$unit" '
 function show() { gsub(/[\200-\377]/, "?"); print FILENAME "\t" $0 }
 FILENAME == conf { if (/^[^#]*=/) show(); next }
@@ -156,11 +145,10 @@ fi
 
 def probe(target: Target[NetworkSpec]) -> str:
     """Sections, each after a line with its name; ``undoing`` and ``firewall`` only where there is one."""
-    user = target.node.ssh.user
     peers = " ".join(quote(node.address) for node in target.others)
     lines = [
         "export LC_ALL=C PATH=$PATH:/usr/sbin:/sbin",
-        f"conf={NCCL_CONF} unit={MTU_UNIT} mark={COMMENT.encode().hex()} one=~root two=~{user}",
+        f"conf={NCCL_CONF} unit={MTU_UNIT} mark={COMMENT.encode().hex()}",
         f"echo own; echo {quote(target.node.address)}",
         f"echo {quote(target.node.interface)}" if target.node.interface else "",
         f'for each in {UNDOING}; do if test -e "$each"; then echo undoing; break; fi; done',
@@ -171,6 +159,8 @@ def probe(target: Target[NetworkSpec]) -> str:
         "echo routes",
         # Without a way ip says so, and goes on with the next; its exit status then says nothing.
         f"printf 'route get %s\\n' {peers} | ip -o -force -batch - 2>&1" if peers else "",
+        "echo files",
+        startup_files(target.node.ssh.user, NCCL_CONF, MTU_UNIT),
         FILES.strip(),
         f"wanted={FIREWALL_WANTED} program={FIREWALL_SCRIPT}\n{FIREWALL.strip()}"
         if target.spec.firewall == "open"

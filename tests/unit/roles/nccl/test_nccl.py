@@ -75,7 +75,7 @@ def archive(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Metadata folders in the archive of the environment; none unless a test adds some."""
     folders: list[str] = []
     monkeypatch.setattr(
-        sys.modules["roles.nccl.drift"], "archive_folders", lambda spec, cluster: tuple(folders)
+        sys.modules["roles.nccl.drift"], "archive_folders", lambda cluster, one: tuple(folders)
     )
     return folders
 
@@ -289,7 +289,8 @@ def test_auto_with_an_unmanaged_environment_reads_its_distributions_or_says_that
 ) -> None:
     alone = target("main", manage="unmanaged")
     assert [f.id for f in role.drift(alone, BARE, {})] == ["nccl-auto"]
-    state = replace(BARE, distributions=frozenset(["nvidia_nccl_cu12-2.20.5.dist-info"]))
+    there = frozenset(["nvidia_nccl_cu12-2.20.5.dist-info"])
+    state = replace(BARE, distributions={"main": there})
     assert [f.want for f in role.drift(alone, state, {})] == [f"libnccl2, libnccl-dev {V20}"]
 
 
@@ -316,9 +317,27 @@ def test_two_wheels_in_the_archive_are_for_the_user_whatever_is_declared(
 def test_two_wheels_in_an_environment_that_nobody_manages_are_named_too() -> None:
     both = frozenset(["nvidia_nccl_cu11-2.14.3.dist-info", "nvidia_nccl_cu12-2.18.1.dist-info"])
     alone = target("main", manage="unmanaged", version=V18)
-    state = replace(RIGHT, distributions=both)
+    state = replace(RIGHT, distributions={"main": both})
     assert [f.id for f in role.drift(alone, state, {})] == ["nccl-two-wheels"]
     assert [f.id for f in role.drift(target("main", version=V18), state, {})] == []
+
+
+def test_two_wheels_are_looked_for_in_every_environment_whichever_decides(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    both = ("nvidia_nccl_cu11-2.14.3.dist-info", "nvidia_nccl_cu12-2.18.1.dist-info")
+    monkeypatch.setattr(
+        sys.modules["roles.nccl.drift"],
+        "archive_folders",
+        lambda cluster, one: both if one.name == "second" else (),
+    )
+    for declared in ({"version": V18}, {"version": V18, "environment": "first"}):
+        (finding,) = found(RIGHT, "first", "second", **declared)
+        assert finding.id == "nccl-two-wheels" and finding.want.endswith(" second")
+    unmanaged = target("first", "second", manage="unmanaged", version=V18)
+    state = replace(RIGHT, distributions={"first": frozenset(both)})
+    (finding,) = role.drift(unmanaged, state, {})
+    assert finding.id == "nccl-two-wheels" and finding.want.endswith(" first")
 
 
 # --- other libraries ---
@@ -483,8 +502,13 @@ def test_what_is_empty_foreign_or_localised_is_unreadable(text: str) -> None:
         parse(text)
 
 
-def run_probe(tmp_path: Path, fakes: Mapping[str, str], one: Target[NcclSpec]) -> NcclState:
-    """The probe with these fake programs before the real ones, and with none of the other family's."""
+def run_probe(
+    tmp_path: Path, fakes: Mapping[str, str], one: Target[NcclSpec], homes: str = ""
+) -> NcclState:
+    """The probe with these fake programs before the real ones, and with none of the other family's.
+
+    homes: shell that sets those of root and of the login user.
+    """
     binaries = tmp_path / "bin"
     binaries.mkdir()
     temporary = tmp_path / "temporary"
@@ -496,6 +520,10 @@ def run_probe(tmp_path: Path, fakes: Mapping[str, str], one: Target[NcclSpec]) -
         (binaries / name).write_text(f"#!/bin/sh\n{text}\n")
         (binaries / name).chmod(0o755)
     script = probe(one).replace(':/usr/sbin:/sbin"', '"')
+    if homes:
+        own = f"one=~root two=~{one.node.ssh.user}"
+        assert own in script
+        script = script.replace(own, homes)
     done = subprocess.run(
         ["/bin/sh", "-c", script],
         capture_output=True,
@@ -516,7 +544,8 @@ echo /usr/lib64/libnccl.so.2.18.1; echo /usr/share/doc/libnccl/README
 
 
 def test_the_probe_asks_dnf_only_where_the_version_is_not_the_declared_one(tmp_path: Path) -> None:
-    fakes = {"rpm": RPM, "dnf": f"cat <<'X'\n{DNF_LIST}X"}
+    refused = """case " $* " in *" --showduplicates list "*) exit 2;; esac  # as dnf 5 does\n"""
+    fakes = {"rpm": RPM, "dnf": f"{refused}cat <<'X'\n{DNF_LIST}X"}
     (tmp_path / "1").mkdir()
     (tmp_path / "2").mkdir()
     state = run_probe(tmp_path / "1", fakes, target(version=V20))
@@ -553,6 +582,45 @@ def test_the_probe_asks_apt_where_there_is_no_local_source(tmp_path: Path) -> No
     }
     state = run_probe(tmp_path, fakes, one)
     assert state.offered is not None and state.offered["libnccl2"] == {V20, V21}
+
+
+def test_the_probe_sees_what_each_environment_has(tmp_path: Path) -> None:
+    entries: dict[str, Any] = {"manage": "unmanaged"}
+    for name, folder in (("a", "nvidia_nccl_cu11-2.14.3"), ("b c", "nvidia_nccl_cu12-2.18.1")):
+        site = tmp_path / name / "lib/python3.11/site-packages"
+        (site / f"{folder}.dist-info").mkdir(parents=True)
+        (site / "numpy-2.0.0.dist-info").mkdir()
+        entries[name[0]] = {"archive": "/nowhere/none.tar", "prefix": str(site.parents[2])}
+    one = target(version=V18)
+    sections = {"environments": Environments.model_validate(entries)}
+    one = replace(one, cluster=replace(one.cluster, sections=sections))
+    query = "echo 'dpkg-query: no packages found matching libnccl2'; exit 1"
+    assert run_probe(tmp_path, {"dpkg-query": query, "apt-cache": "exit 1"}, one).distributions == {
+        "a": {"nvidia_nccl_cu11-2.14.3.dist-info"},
+        "b": {"nvidia_nccl_cu12-2.18.1.dist-info"},
+    }
+
+
+def test_the_files_of_the_login_user_lead_to_libraries_as_roots_do(tmp_path: Path) -> None:
+    files = {".bashrc": "$HOME", ".profile": "~", ".zshrc": "${HOME}", ".bash_profile": "/nowhere"}
+    for home in (tmp_path / "root", tmp_path / "train"):
+        for name, own in files.items():
+            library = home / f"nccl{name}/libnccl.so.2.99.1"
+            library.parent.mkdir(parents=True)
+            library.touch()
+            line = f"export LD_LIBRARY_PATH={own}/nccl{name}:$LD_LIBRARY_PATH\n"
+            (home / name).write_text(line)
+    node = Node.model_validate({"name": "node1", "address": "10.77.0.11", "ssh": {"user": "train"}})
+    homes = f"one={tmp_path}/root two={tmp_path}/train"
+    query = "echo 'dpkg-query: no packages found matching libnccl2'; exit 1"
+    fakes = {"dpkg-query": query, "apt-cache": "exit 1"}
+    state = run_probe(tmp_path, fakes, replace(target(version=V18), node=node), homes)
+    led = {one.place: one.path for one in state.libraries if one.place.startswith(str(tmp_path))}
+    assert led == {
+        f"{tmp_path}/{home}/{name}": f"{tmp_path}/{home}/nccl{name}/libnccl.so.2.99.1"
+        for home in ("root", "train")
+        for name in (".bashrc", ".profile", ".zshrc")
+    }
 
 
 MIRROR = {"name": "m", "url": "file:/srv/mirror"}
