@@ -108,6 +108,7 @@ nodes:
   NODES
 storage: {kind: existing, path: /data}
 time: {servers: [ntp.lan]}
+services: {running: [docker]}
 compiler: {gcc: 9}
 driver: {version: "535.154.05", nodes: [node1]}
 nccl: {version: "2.21.5"}
