@@ -23,6 +23,7 @@ role: Role[JobSpec, JobState] = Role(
     drift=drift,
     converge=converge,
     needs=("storage", "environment", "ops", "trainer"),
+    seconds=30,
     together=members,
     busy=busy,
     remarks=remarks,

@@ -15,13 +15,16 @@ import yaml
 from inventory.job import Job
 from roles.core.role import Finding, Peers, Target
 from roles.core.steps import Meet, Shell, Step, quote, write_file
-from roles.job import autostart
+from roles.job import autostart, place
 from roles.job.declared import job_of, members, resolved, run_directory
 from roles.job.drift import is_first, judge, new_launch, new_plan
 from roles.job.plan import Launch, Plan, attempt_directory, unit_name
 from roles.job.probe import JobState
 from roles.job.spec import JobSpec
 from roles.job.unit import end, path, unit_file
+
+DUE = {"job-absent", "job-starting", "job-interrupted"}
+"""Findings that a launch, or waiting for one, removes."""
 
 APPEAR_SECONDS = 60
 """How long a file that the first node wrote may take to be seen elsewhere; NFS caches absences."""
@@ -37,8 +40,9 @@ def converge(
     ids = {found.id for found in findings}
     if ids & autostart.IDS:
         yield from autostart.converge(target)
-        if ids <= autostart.IDS:
-            return
+    yield from place.converge(target, state.place, findings)
+    if not ids & DUE:
+        return
     job, run = job_of(target.cluster), run_directory(target)
     if job is None or run is None:
         return

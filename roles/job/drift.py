@@ -8,7 +8,7 @@ from typing import Any
 from inventory.job import Job
 from roles.core.role import Finding, Peers, Target
 from roles.fabric import adapters
-from roles.job import autostart
+from roles.job import autostart, place
 from roles.job.decide import Decision, decide
 from roles.job.declared import environment_prefix, job_of, members, resolved, run_directory
 from roles.job.plan import Here, Launch, Plan, compose, free_port
@@ -48,7 +48,8 @@ def due(target: Target[JobSpec], decision: Decision) -> bool:
 
 
 def drift(target: Target[JobSpec], state: JobState, peers: Peers) -> list[Finding]:
-    """Findings: absent, starting, interrupted, unknown, changed; what makes a launch impossible here; autostart."""
+    """Findings: absent, starting, interrupted, unknown, changed; what makes a launch impossible here; a place of
+    the runs that is not right, before all these; autostart."""
     service = autostart.drift(target, state.autostart)
     return [*service, *_findings(target, state, peers)]
 
@@ -63,6 +64,9 @@ def _findings(target: Target[JobSpec], state: JobState, peers: Peers) -> Iterato
         yield _for_user(
             "job-no-place", "a place for run directories", there, no_place(target.cluster)
         )
+        return
+    if wrong := place.drift(target, state.place, peers):
+        yield from wrong  # no run is judged by what lies there
         return
     seen = views(target, state, peers)
     decision = decide(job.name, seen)

@@ -14,11 +14,14 @@ from typing import Any
 from roles.core.role import Target, Unreadable, whole
 from roles.core.steps import quote
 from roles.fabric import adapters
+from roles.job import place
 from roles.job.autostart import SHOW, Autostart
 from roles.job.declared import run_directory
 from roles.job.plan import Plan
 from roles.job.spec import JobSpec
 from roles.network import interfaces
+from roles.storage.probe import StorageState
+from roles.storage.probe import parse as parse_storage
 
 DESCRIPTION = "Lockstep job "
 ACTIVE = ("active", "activating", "reloading")
@@ -97,6 +100,7 @@ class JobState:
     declared: job.json. attempts: the highest attempt number. attempt: the last one with a plan.
     complete: the trainer's marker. metrics: its last record. checkpoint: the newest complete one.
     adapters: of InfiniBand and RoCE, by name. autostart: the service that resumes jobs.
+    place: of the runs, where the storage role does not judge it; the run is looked at where it can be entered.
     """
 
     boot_id: str
@@ -114,6 +118,7 @@ class JobState:
     checkpoint: str | None = None
     adapters: tuple[str, ...] = ()
     autostart: Autostart | None = None
+    place: StorageState | None = None
 
     def unit(self, job: str) -> Unit | None:
         """That job's unit, if systemd knows it."""
@@ -205,19 +210,23 @@ fi
 
 def probe(target: Target[JobSpec]) -> str:
     """Lines ``WORD VALUE``, the units as systemd prints them, and JSON files on one line each."""
-    return f"{adapters.show(target.cluster)}\n{script(run_directory(target))}"
+    run = place.show(target, _read(run_directory(target)))
+    return f"{adapters.show(target.cluster)}\n{NODE}\n{run}\necho end"
 
 
 def script(run: str | None) -> str:
     """The probe for one run directory; None: no job, the node's own facts and units only."""
-    directory = "" if run is None else f"run={quote(run)}\nerrors={quote(ERRORS)}\n{RUN}"
-    return f"{NODE}\n{directory}\necho end"
+    return f"{NODE}\n{_read(run)}\necho end"
+
+
+def _read(run: str | None) -> str:
+    return "" if run is None else f"run={quote(run)}\nerrors={quote(ERRORS)}\n{RUN}"
 
 
 WORDS = {
     "boot", "now", "cores", "gpus", "address", "port", "adapter", "job", "complete", "metrics",
     "checkpoint", "attempts", "plan", "stopped", "drained", "asked", "exit", "error",
-    "autostart", "note",
+    "autostart", "note", "place",
 }  # fmt: skip
 
 
@@ -242,6 +251,7 @@ def parse(text: str) -> JobState:
         units=tuple(_units(text)),
         adapters=tuple(words.get("adapter", [])),
         autostart=_autostart(words),
+        place=parse_storage("\n".join(words["place"])) if "place" in words else None,
         declared=_json(words, "job"),
         attempts=int(words.get("attempts", ["0"])[0]),
         attempt=_attempt(words),

@@ -17,14 +17,15 @@ import time
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from inventory.cluster import Cluster, Node
 from inventory.job import load_job
-from roles.core.role import Finding, Peers, Target, Unreadable
+from roles.core.role import Finding, Target, Unreadable
 from roles.core.steps import UNATTENDED_SSH, Meet, Shell
-from roles.job.autostart import FOLDER, NOTE, SECTIONS
-from roles.job.converge import converge
+from roles.job import place
+from roles.job.autostart import FOLDER, IDS, NOTE, SECTIONS
+from roles.job.converge import DUE, converge
 from roles.job.decide import decide
 from roles.job.declared import members
 from roles.job.drift import drift
@@ -35,7 +36,9 @@ from roles.storage.drift import drift as storage_drift
 from roles.storage.probe import StorageState
 from roles.storage.probe import parse as parse_storage
 from roles.storage.probe import probe as probe_storage
-from roles.storage.spec import StorageSpec
+from roles.storage.spec import StorageSpec, managed
+
+T = TypeVar("T")
 
 EVERY_SECONDS = 15
 LOOK_SECONDS = 30
@@ -147,7 +150,7 @@ def obstacles(looks: Looks, seen: Mapping[str, JobState]) -> list[str]:
     seen: every node of the job.
     """
     found = []
-    storage = looks.cluster.section("storage", StorageSpec)
+    storage = managed(looks.cluster)
     if storage is not None:
         states: dict[str, StorageState] = {}
         for name in seen:
@@ -157,15 +160,21 @@ def obstacles(looks: Looks, seen: Mapping[str, JobState]) -> list[str]:
                 found.append(f"the storage of {name} ({error})")
         for name, shared in states.items():
             target = Target(looks.cluster, looks.cluster.nodes[name], storage)
-            others = {other: each for other, each in states.items() if other != name}
-            found += [f"{name} ({each})" for each in storage_drift(target, shared, others)]
+            wrong = storage_drift(target, shared, _but(states, name))
+            found += [f"{name} ({each})" for each in wrong]
     last = max(state.attempts for state in seen.values())
     found += [f"{name} to see the run" for name, state in seen.items() if state.attempts < last]
     for name, state in seen.items():
-        others_seen = {other: each for other, each in seen.items() if other != name}
-        wrong = drift(looks.target(name), state, others_seen)
-        found += [f"{name} ({each})" for each in wrong if not each.repairable]
+        wrong = drift(looks.target(name), state, _but(seen, name))
+        found += [
+            f"{name} ({each})" for each in wrong if not each.repairable or each.id not in IDS | DUE
+        ]
     return found
+
+
+def _but(states: Mapping[str, T], name: str) -> dict[str, T]:
+    """What the others show."""
+    return {other: state for other, state in states.items() if other != name}
 
 
 class Meeting:
@@ -217,10 +226,9 @@ def resume(looks: Looks, seen: Mapping[str, JobState]) -> dict[str, str]:
 
     threads = []
     for name, state in seen.items():
-        others: Peers = {other: each for other, each in seen.items() if other != name}
         findings = [
             found
-            for found in drift(looks.target(name), state, others)
+            for found in drift(looks.target(name), state, _but(seen, name))
             if found.id == "job-interrupted"
         ]
         threads.append(threading.Thread(target=one, args=(name, findings)))
@@ -286,7 +294,11 @@ def turn(looks: Looks, memory: Memory, pause: int) -> Turn:
     checkpoint = next((state.checkpoint for state in seen.values() if state.checkpoint), None)
     if checkpoint != memory.checkpoint and memory.tries:
         memory = Memory(note=memory.note)
-    if decision.state not in ("interrupted", "unknown"):
+    unseen = decision.state == "absent" and any(
+        place.drift(looks.target(name), state.place, _but(seen, name))
+        for name, state in seen.items()
+    )
+    if decision.state not in ("interrupted", "unknown") and not unseen:
         return Turn(replace(memory, note=f"rests: the job is {decision.state}"))
     waits = waits or obstacles(looks, seen)
     if not waits and any(state.attempt and state.attempt.drained for state in seen.values()):

@@ -1,4 +1,4 @@
-"""Mounts the declared storage, and writes the marks by which the nodes know that they share one directory.
+"""Mounts the declared storage, and marks it.
 
 Nothing is formatted, and no step changes owner or mode of what a mount holds, but of Lockstep's own folders.
 """
@@ -14,9 +14,10 @@ from roles.packages.converge import installing
 from roles.packages.names import translated
 from roles.packages.spec import PackagesSpec
 from roles.storage import shutdown
-from roles.storage.drift import has_own_line, lines_left, strays
+from roles.storage.drift import has_own_line, lines_left
+from roles.storage.marks import marking
 from roles.storage.mount import Wanted, wanted
-from roles.storage.probe import TOKEN_FILE, StorageState, token_file
+from roles.storage.probe import StorageState
 from roles.storage.spec import StorageSpec
 
 MOUNTING = {
@@ -26,10 +27,6 @@ MOUNTING = {
 """Findings after whose repair the mount is tried."""
 
 UNMOUNT_SECONDS = 60
-
-RANDOM = "od -An -N16 -tx1 /dev/urandom | tr -d ' \\n'"
-SEEN_SECONDS = 15
-"""How long an NFS client may take to see what another one wrote; listing directories makes it ask."""
 
 
 def converge(
@@ -57,25 +54,7 @@ def converge(
         if "nfs-fstab" in ids:
             yield Shell(f"{fstab.put(mount.line)}\nsystemctl daemon-reload")
         yield Shell(attempt(target, mount), seconds=target.spec.timeout + UNMOUNT_SECONDS)
-    enter = _enter(target, state)
-    if "storage-missing" in ids:
-        yield Shell(f"umask 022; mkdir -p {quote(target.spec.path)}")
-    if "storage-mark" in ids:
-        yield Shell(
-            f"{enter}umask 022; mkdir -p .lockstep\n"
-            f"if ! test -s .lockstep/id; then {RANDOM} > .lockstep/.id.new; echo >> .lockstep/.id.new\n"
-            "  mv -f .lockstep/.id.new .lockstep/id; fi"
-        )
-    if ids & {"storage-mark", "storage-different", "storage-token", "storage-missing"}:
-        if state.mark is None and not target.is_head and target.spec.kind != "local":
-            yield Shell(_see_the_mark(target, enter), seconds=SEEN_SECONDS + 60)
-        yield Shell(_token(target, enter))
-    if "storage-token-left" in ids:
-        folder = f".lockstep/nodes/{target.cluster.name}"
-        left = [quote(f"{folder}/{name}.{token}") for name, token in strays(target, state)]
-        yield Shell(f"{enter}rm -f -- {' '.join(left)}")
-    if "storage-modes" in ids:
-        yield Shell(f"{enter}chmod go-w {' '.join(quote(path) for path in state.open)}")
+    yield from marking(target, state, findings)
 
 
 def client_packages(state: StorageState) -> list[str]:
@@ -139,45 +118,4 @@ def attempt(target: Target[StorageSpec], mount: Wanted) -> str:
         f'  *) said=${{logged:-$said}}; echo {quote(refused)} "${{said##*: }}" >&2 ;;\n'
         "esac\n"
         "exit 1"
-    )
-
-
-def _enter(target: Target[StorageSpec], state: StorageState) -> str:
-    """Shell that goes to the path, and fails where the mount of the look is no longer there."""
-    path = quote(target.spec.path)
-    point = state.mount.point if state.mount else "/"
-    return (
-        f"cd {path}\n"
-        f"mountpoint -q {quote(point)} || {{ echo {quote(f'{point} is no longer mounted')} >&2; exit 1; }}\n"
-    )
-
-
-def _see_the_mark(target: Target[StorageSpec], enter: str) -> str:
-    head = target.cluster.head.name
-    sentence = f"{target.spec.path} is not the directory that {head} sees: mount the same one on every node"
-    return (
-        f"{enter}end=$(($(date +%s) + {SEEN_SECONDS}))\n"
-        "while ls -a . .lockstep >/dev/null 2>&1; ! test -s .lockstep/id; do\n"
-        f'  if test "$(date +%s)" -ge "$end"; then echo {quote(sentence)} >&2; exit 1; fi\n'
-        "  sleep 1\n"
-        "done"
-    )
-
-
-def _token(target: Target[StorageSpec], enter: str) -> str:
-    """The token is made once, on the node's own disk; on the storage it is the name of an empty file."""
-    own, name = quote(token_file(target.spec)), target.node.name
-    folder = f".lockstep/nodes/{target.cluster.name}"
-    return (
-        f"umask 022; mkdir -p {TOKEN_FILE.rpartition('/')[0]}\n"
-        f"token=; if test -s {own}; then read -r token < {own}; fi\n"
-        "case $token in ????????????????*) ;; *) token= ;; esac\n"
-        "case $token in ''|*[!0-9a-f]*)\n"
-        f'  token=$({RANDOM}); (umask 077; echo "$token" > {own}.new); mv -f {own}.new {own} ;;\n'
-        "esac\n"
-        f"{enter}mkdir -p {quote(folder)}\n"
-        f': > {quote(folder)}/{quote(name)}."$token"\n'
-        f"for other in {quote(folder)}/{quote(name)}.*; do\n"
-        '  case $other in *".$token") ;; *) rm -f "$other" ;; esac\n'
-        "done"
     )

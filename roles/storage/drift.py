@@ -50,10 +50,15 @@ def drift(target: Target[StorageSpec], state: StorageState, peers: Peers) -> lis
     left = [*_left(target, state), *_shutdown(target, state)]
     if target.spec.kind == "local":
         return [*left, *_own(target, state)]
-    unusable = list(_mounting(target, state)) or list(_unusable(target, state))
+    return [*left, *(list(_mounting(target, state)) or one_directory(target, state, peers))]
+
+
+def one_directory(target: Target[StorageSpec], state: StorageState, peers: Peers) -> list[Finding]:
+    """Findings about a path that is to be the same directory on every node, whoever mounts it."""
+    unusable = list(_unusable(target, state))
     if unusable:
-        return [*left, *unusable]
-    full = [*left, *_full(target, state)]
+        return unusable
+    full = list(_full(target, state))
     different = list(_different(target, state, peers))
     if any(not found.repairable for found in different):
         return [*full, *different]
@@ -246,14 +251,9 @@ def _own(target: Target[StorageSpec], state: StorageState) -> Iterator[Finding]:
     path, name, mount = target.spec.path, target.node.name, state.mount
     if state.access == "absent":
         if state.token is not None:
-            yield _lost(path, token_file(target.spec), "no such directory")
+            yield _lost(path, token_file(target), "no such directory")
             return
-        yield Finding(
-            "storage-missing",
-            f"{path}, on this node's own disk",
-            "no such directory",
-            "it is made",
-        )
+        yield not_made_yet(path)
         return
     if state.access != "yes":
         yield from _unreachable(path, state)
@@ -277,7 +277,7 @@ def _own(target: Target[StorageSpec], state: StorageState) -> Iterator[Finding]:
         )
         return
     if state.token is not None and name not in state.tokens:
-        yield _lost(path, token_file(target.spec), "nothing of it")
+        yield _lost(path, token_file(target), "nothing of it")
         return
     if unwritable := list(_unwritable(target, state)):
         yield from unwritable
@@ -285,6 +285,12 @@ def _own(target: Target[StorageSpec], state: StorageState) -> Iterator[Finding]:
     yield from _full(target, state)
     yield from _token(target, state, "it is written there: by it the next look knows the disk")
     yield from _modes(state)
+
+
+def not_made_yet(path: str) -> Finding:
+    """A directory of this node alone is not there, and never was."""
+    want = f"{path}, on this node's own disk"
+    return Finding("storage-missing", want, "no such directory", "it is made")
 
 
 def _lost(path: str, token: str, seen: str = "an empty directory") -> Finding:
@@ -299,7 +305,11 @@ def _lost(path: str, token: str, seen: str = "an empty directory") -> Finding:
 
 def _unusable(target: Target[StorageSpec], state: StorageState) -> Iterator[Finding]:
     path = target.spec.path
+    alone, wrote = not target.others, token_file(target)
     if state.access == "absent":
+        if alone and state.token is not None:
+            yield _lost(path, wrote, "no such directory")
+            return
         yield Finding(
             "storage-missing",
             f"{path}, shared by all nodes",
@@ -312,19 +322,21 @@ def _unusable(target: Target[StorageSpec], state: StorageState) -> Iterator[Find
         yield from _unreachable(path, state)
         return
     plain = is_plain(state)
-    if plain and len(target.cluster.nodes) > 1 and not state.exported:
+    if plain and not alone and not state.exported:
         yield Finding(
             "nfs-mount-wrong",
             f"the shared storage mounted at {path}",
             f"a plain directory on {state.mount.source if state.mount else 'this disk'}",
-            f"mount it (and add it to /etc/fstab with _netdev), or declare as storage.path a directory "
-            f"that is mounted on every node; nothing is written into {path} meanwhile",
+            "mount it (and add it to /etc/fstab with _netdev), or declare a directory that is mounted on every "
+            f"node; nothing is written into {path} meanwhile",
             repairable=False,
         )
         return
-    lost = state.mark is None and state.token is not None
-    if lost and (plain or (is_server(target) and not state.tokens)):
-        yield _lost(path, token_file(target.spec))
+    lost = state.mark is None and (plain or (is_server(target) and not state.tokens))
+    # What lies under a mount may bear a mark of the time before there was one, but not the latest token.
+    other = plain and alone and not any(state.token in seen for seen in state.tokens.values())
+    if state.token is not None and (lost or other):
+        yield _lost(path, wrote, "an empty directory" if lost else "another directory")
         return
     yield from _unwritable(target, state)
 

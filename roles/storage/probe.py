@@ -12,16 +12,18 @@ from roles.core.steps import quote
 from roles.packages.managers import Manager
 from roles.storage import shutdown
 from roles.storage.mount import OWN, wanted
-from roles.storage.spec import StorageSpec
+from roles.storage.spec import StorageSpec, storage_path
 
 TOKEN_FILE = "/var/lib/lockstep/storage-token"
 """A node's own token, on its own disk; its twin lies on the shared storage under the node's name."""
 
 
-def token_file(spec: StorageSpec) -> str:
-    """Where the node has its token; of storage that is its own, one for each path."""
-    path = spec.path.replace("%", "%25").replace("-", "%2D").replace("/", "-")
-    return TOKEN_FILE + (path if spec.kind == "local" else "")
+def token_file(target: Target[StorageSpec]) -> str:
+    """Where the node has its token; of storage that is its own, and of a place beside it, one for each path."""
+    spec = target.spec
+    if spec.kind != "local" and spec.path == storage_path(target.cluster):
+        return TOKEN_FILE
+    return TOKEN_FILE + spec.path.replace("%", "%25").replace("-", "%2D").replace("/", "-")
 
 
 TOKEN = re.compile(r"[0-9a-f]{16,64}")
@@ -202,7 +204,7 @@ def probe(target: Target[StorageSpec]) -> str:
     bound = mount.source if mount and mount.kind == "none" else ""
     alone = "yes" if target.spec.kind == "local" else ""
     return (
-        f"alone={alone} path={quote(target.spec.path)} own={quote(token_file(target.spec))} cluster={quote(target.cluster.name)}\n"
+        f"alone={alone} path={quote(target.spec.path)} own={quote(token_file(target))} cluster={quote(target.cluster.name)}\n"
         f"fstab=/etc/fstab bound={quote(bound)} mounted={'yes' if mount else ''}"
         f"{SCRIPT}"
     )

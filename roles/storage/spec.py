@@ -348,6 +348,12 @@ def exported(spec: StorageSpec) -> str:
     return spec.export or spec.path
 
 
+def managed(cluster: Cluster) -> StorageSpec | None:
+    """The declared storage, as far as a role looks at it; None where it is left alone, or there is none."""
+    spec = cluster.section("storage", StorageSpec)
+    return None if spec is None or spec.manage == "unmanaged" else spec
+
+
 def storage_path(cluster: Cluster) -> str | None:
     """The declared directory, which has the same path on every node; None where the cluster file declares none."""
     spec = cluster.section("storage", StorageSpec)

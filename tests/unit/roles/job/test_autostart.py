@@ -25,6 +25,7 @@ from roles.job.plan import Plan
 from roles.job.probe import Attempt, ErrorRecord, JobState, parse
 from roles.job.spec import JobSpec
 from roles.storage.probe import Mark, Mount, StorageState
+from roles.storage.spec import StorageSpec
 
 from .conftest import JOB, PLAN, view
 
@@ -252,6 +253,26 @@ def test_it_waits_for_nodes_mounts_gpus_and_the_end_of_a_reboot(head: Target[Job
     drained = back("node1", attempt=Attempt(PLAN, drained=True))
     looks = Played(head.cluster, node1=drained, node2=back("node2"))
     assert note(looks) == "waits for the end of lockstep reboot"
+
+
+def test_it_waits_for_a_place_of_runs_that_is_not_mounted_on_any_node(
+    head: Target[JobSpec],
+) -> None:
+    """Seen from there alone, the job would be one that never began."""
+    _read_once.cache_clear()
+    sections = {**head.cluster.sections, "runs": JobSpec(path="/big/runs")}
+    bare = replace(SHARED, mount=Mount("/", "ext4", "/dev/sda1", ("rw",)), mark=None)
+    states = {name: back(name, place=bare, attempts=0, attempt=None) for name in ("node1", "node2")}
+    looks = Played(replace(head.cluster, sections=sections), **states)
+    assert note(looks).startswith("waits for node1 (nfs-mount-wrong: want")
+
+
+def test_it_waits_for_no_storage_that_is_left_alone(head: Target[JobSpec]) -> None:
+    left = StorageSpec(kind="existing", path="/shared", manage="unmanaged")
+    cluster = replace(head.cluster, sections={**head.cluster.sections, "storage": left})
+    looks = Played(cluster, node1=back("node1"), node2=back("node2"))
+    looks.shared = dict.fromkeys(looks.shared, StorageState("yes"))
+    assert resume.turn(looks, FRESH, 0).seen is not None
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import yaml
 
 from inventory.cluster import Cluster
 from inventory.job import check_job, load_job
-from roles.core.role import Target
+from roles.core.role import Finding, Target
 from roles.core.steps import Meet, Shell, Step
 from roles.job.converge import await_start, converge, publish, start, watch
 from roles.job.drift import drift, new_launch, new_plan
@@ -29,6 +29,9 @@ from .conftest import PLAN, fresh, view
 
 module = sys.modules["roles.job.converge"]  # the package gives that name to the function
 Make = Callable[..., Target[JobSpec]]
+
+
+ABSENT = Finding("job-absent", "it runs", "absent", "it is started")
 
 
 def steps(target: Target[JobSpec], own: JobState, **peers: JobState) -> list[Step]:
@@ -49,7 +52,7 @@ def test_the_first_node_plans_and_starts(target: Make) -> None:
 def test_the_others_read_the_first_nodes_plan(target: Make) -> None:
     plan = new_plan(target(), fresh("node1"), {"node2": fresh("node2")})
     planned = view("node1", units=(), attempts=1, attempt=Attempt(plan))
-    found = list(converge(target("node2"), fresh("node2"), {"node1": planned}, []))
+    found = list(converge(target("node2"), fresh("node2"), {"node1": planned}, [ABSENT]))
     assert [type(step) for step in found] == [Meet, Meet, Shell, Meet, Shell]
     launch = new_launch(target("node2"), fresh("node2"), plan)
     assert isinstance(found[2], Shell)
@@ -60,7 +63,7 @@ def test_all_nodes_meet_at_the_same_points(target: Make) -> None:
     first = steps(target(), fresh("node1"), node2=fresh("node2"))
     plan = new_plan(target(), fresh("node1"), {"node2": fresh("node2")})
     planned = view("node1", units=(), attempts=1, attempt=Attempt(plan))
-    second = list(converge(target("node2"), fresh("node2"), {"node1": planned}, []))
+    second = list(converge(target("node2"), fresh("node2"), {"node1": planned}, [ABSENT]))
     assert points(first) == points(second)
 
 
@@ -74,14 +77,14 @@ def test_all_nodes_meet_at_the_same_points(target: Make) -> None:
     ids=["no plan", "only the old plan", "a plan for another boot of this node"],
 )  # fmt: skip
 def test_without_a_new_plan_for_it_a_node_starts_nothing(target: Make, shown: JobState) -> None:
-    found = list(converge(target("node2"), view("node2"), {"node1": shown}, []))
+    found = list(converge(target("node2"), view("node2"), {"node1": shown}, [ABSENT]))
     last = found[-1]
     assert isinstance(last, Shell) and last.command.endswith("exit 1")
     assert not any(isinstance(step, Shell) and "systemctl start" in step.command for step in found)
 
 
 def test_a_node_that_falls_silent_before_the_plan_stops_the_launch(target: Make) -> None:
-    found = list(converge(target(), fresh("node1"), {}, []))
+    found = list(converge(target(), fresh("node1"), {}, [ABSENT]))
     last = found[-1]
     assert isinstance(last, Shell) and "node2 cannot be read any more" in last.command
     assert last.command.endswith("exit 1")

@@ -807,7 +807,11 @@ def test_two_nodes_on_one_directory_agree_and_a_plain_copy_does_not(
     shared.mkdir()
     spec = StorageSpec(kind="existing", path=str(shared))
     heads = {
-        name: Target(replace(CLUSTER, nodes={name: NODES[name], **NODES}), NODES[name], spec)
+        name: Target(
+            replace(CLUSTER, nodes={name: NODES[name], **NODES}, sections={"storage": spec}),
+            NODES[name],
+            spec,
+        )
         for name in NAMES
     }
     own = {name: tmp_path / name / "token" for name in NAMES}
@@ -835,7 +839,8 @@ def test_two_nodes_on_one_directory_agree_and_a_plain_copy_does_not(
 
 def test_writing_the_marks_again_changes_nothing(tmp_path: Path) -> None:
     spec = StorageSpec(kind="existing", path=str(tmp_path))
-    target = Target(replace(CLUSTER, nodes={"node1": NODES["node1"]}), NODES["node1"], spec)
+    cluster = replace(CLUSTER, nodes={"node1": NODES["node1"]}, sections={"storage": spec})
+    target = Target(cluster, NODES["node1"], spec)
     own = tmp_path.parent / f"{tmp_path.name}-own" / "token"
     first = look(tmp_path, own)
     assert carry_out(target, first, {}, own).returncode == 0
@@ -1082,6 +1087,6 @@ def test_the_probe_tells_what_lets_a_shutdown_go_on(tmp_path: Path, shell: str) 
 
 def test_storage_of_each_nodes_own_has_a_token_file_of_its_own_for_each_path() -> None:
     paths = ("/data/a-b", "/data/a/b", "/data/a%2Db", "/data/a")
-    files = {token_file(StorageSpec(kind="local", path=path)) for path in paths}
+    files = {token_file(replace(HEAD, spec=StorageSpec(kind="local", path=path))) for path in paths}
     assert len(files) == len(paths)
     assert f"{TOKEN_FILE}-data-a" in files
