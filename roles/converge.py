@@ -36,7 +36,7 @@ from roles.core.chain import Chain, upload
 from roles.core.here import run_here
 from roles.core.look import AnyRole, Looks, target_of
 from roles.core.mirror import Spread, mirror
-from roles.core.role import PROOF_SECONDS, Finding, Target, Unreadable, required
+from roles.core.role import PROOF_SECONDS, Finding, Target, Unreadable, proved_wrong, required
 from roles.core.steps import (
     Download,
     Here,
@@ -410,12 +410,15 @@ def _carry_out(state: State, host: Host, step: Step) -> bool:
 def _prove(state: State, host: Host, role: str, script: str, disproved: list[str]) -> bool:
     """Say what the proof finds wrong; whether that can be repaired, the next look tells."""
     try:
-        wrong = session.run(host, script, PROOF_SECONDS).stdout.strip()
+        wrong = [
+            f"{each.id}: {each.seen}" + ("" if each.repairable else f"; {each.fix}")
+            for each in proved_wrong(session.run(host, script, PROOF_SECONDS).stdout)
+        ]
     except session.NodeFailed as error:
-        wrong = f"the proof could not run: {error}"
-    for line in wrong.splitlines():
-        session.say(host, f"{role}: {line.replace(chr(9), ': ')}", "red")
-        disproved.append(line)
+        wrong = [f"the proof could not run: {error}"]
+    for line in wrong:
+        session.say(host, f"{role}: {line}", "red")
+    disproved += wrong
     return True
 
 

@@ -13,7 +13,16 @@ from typing import Any, Literal
 from inventory.cluster import Cluster
 from roles.core import session
 from roles.core.look import AnyRole, Looks, target_of
-from roles.core.role import DEEP_SECONDS, PROOF_SECONDS, Fact, Rule, Target, Unreadable, required
+from roles.core.role import (
+    DEEP_SECONDS,
+    PROOF_SECONDS,
+    Fact,
+    Rule,
+    Target,
+    Unreadable,
+    proved_wrong,
+    required,
+)
 
 Verdict = Literal["ok", "drift", "unreadable"]
 EXIT_CODES: Mapping[Verdict, int] = {"ok": 0, "drift": 1, "unreadable": 2}
@@ -113,7 +122,7 @@ def report(looks: Looks, nodes: Sequence[Any], each: Each, deep: bool = False) -
                 continue
             needs = [
                 *role.needs,
-                *(role.proof_needs if role.proof and not check.get(role.name) else ()),
+                *(role.proof_needs if role.proof and role.name not in checks[name] else ()),
             ]
             found, causes = check.get(role.name, []), _causes(looks, role, needs, check)
             causes += _elsewhere(role, target, wrong)
@@ -195,16 +204,14 @@ def _elsewhere(role: AnyRole, target: Target[Any], checks: Mapping[str, Check]) 
 
 def _proofs(looks: Looks, role: AnyRole, node: Any, script: str, seconds: int) -> list[Wrong]:
     try:
-        lines = session.run(node, script, seconds).stdout.splitlines()
+        found = proved_wrong(session.run(node, script, seconds).stdout)
     except session.NodeFailed as error:
         return [_unreadable(node.name, role.name, f"its proof could not run: {error}")]
-    pairs = [line.partition("\t") for line in lines if line.strip()]
-    if pairs:
+    if found:
         looks.forget(
             node
         )  # a failed proof takes back what it had noted, and that is no fact any more
-    fix = "run pyinfra inventory.py deploy/cluster.py, then verify again"
-    return [Wrong(node.name, role.name, key, "proved", sentence, fix) for key, _, sentence in pairs]
+    return [Wrong(node.name, role.name, each.id, each.want, each.seen, each.fix) for each in found]
 
 
 def _unreadable(node: str, role: str, reason: str) -> Wrong:

@@ -77,6 +77,19 @@ class Finding:
         return f"{self.id}: want {self.want}, seen {self.seen}"
 
 
+AGAIN = "run pyinfra inventory.py deploy/cluster.py, then verify again"
+"""What mends most of what a proof finds: a proof that fails takes back its stamp, and the next run sees that."""
+
+
+def proved_wrong(text: str) -> list[Finding]:
+    """What a proof printed, as findings; a line without a fix of its own gets ``AGAIN``."""
+    found = []
+    for line in filter(str.strip, text.splitlines()):
+        id, sentence, fix, *_ = [*line.split("\t", 2), "", ""]
+        found.append(Finding(id, "proved", sentence, fix or AGAIN, repairable=not fix))
+    return found
+
+
 @dataclass(frozen=True)
 class Target(Generic[S]):
     """The declared side of one role on one node."""
@@ -140,7 +153,8 @@ class Role(Generic[S, T]):
     together: names of the nodes that change at the same time or not at all: nothing happens unless
     each of them takes part in this run and is right in every other role. Its steps may ``Meet``.
     proof(target): slow or crossing proof, shell; run by ``verify`` and after a change; leaves the
-    stamp that the probe reads. Prints one line "ID<TAB>what is wrong" for each failed proof.
+    stamp that the probe reads. Prints one line "ID<TAB>what is wrong" for each failed proof; where no run
+    of converge mends that, "<TAB>what the user is to do" follows. ``proved_wrong`` reads them.
     deep(target): shell that answers as a proof does, and is too slow for every ``verify``: it runs after
     the proof where it is asked for.
     crossing: the proof needs the other nodes to be right too, so a node's own change does not run it;

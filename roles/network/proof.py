@@ -11,8 +11,11 @@ from roles.network.spec import NetworkSpec
 BYTES = 100_000
 """Many full packets: where one on the way is smaller, small ones pass and these are lost in silence."""
 
+ANSWER_SECONDS = 20
+"""Until a node that is asked to listen does; logging in to a busy one takes its time."""
+
 LISTEN = rf"""
-import socket, sys, threading, time
+import errno, socket, sys, threading
 address, port = sys.argv[1], int(sys.argv[2])
 family = socket.AF_INET6 if ":" in address else socket.AF_INET
 def serve(server):
@@ -36,13 +39,16 @@ for wanted in (port, 0):
     try:
         server.bind((address, wanted))
     except socket.error:
-        continue  # a job runs there; it is not disturbed
+        error = sys.exc_info()[1]
+        if wanted and error.errno == errno.EADDRINUSE:
+            continue  # a job runs there; it is not disturbed
+        sys.exit(str(error))
     server.listen(64)
     ports.append(str(server.getsockname()[1]))
     thread = threading.Thread(target=serve, args=(server,))
     thread.daemon = True
     thread.start()
-sys.stdout.write(" ".join(ports) + "\n")
+sys.stdout.write("\nlistens " + " ".join(ports) + "\n")
 sys.stdout.flush()
 sys.stdin.read()
 """
@@ -50,6 +56,7 @@ sys.stdin.read()
 
 TRY = rf"""
 export LC_ALL=C
+echo
 for each in "$@"; do
   (
     name=${{each%%=*}} rest=${{each#*=}} port=${{each##*=}}
@@ -66,47 +73,72 @@ for each in "$@"; do
   ) &
 done
 wait
+echo tried
 """
 
+# What a node prints of its own accord at a login is passed over; what lacks is told, and never taken for right.
 SCRIPT = r"""
+tab=$(printf '\t')
 work=$(mktemp -d) || exit 1
 trap 'rm -rf "$work"' EXIT
-enter() { timeout 25 ssh -o BatchMode=yes -o ConnectTimeout=5 "$@"; }
+enter() { seconds=$1; shift; exec timeout "$seconds" ssh -o BatchMode=yes -o ConnectTimeout=5 "$@"; }
+last() { said=$(sed -n 's/[[:cntrl:]]//g; $p' "$1"); printf %s "${said:-it said nothing}"; }
 for each in "$@"; do
   name=${each%%=*} address=${each#*=}
   mkfifo "$work/$name.in" || exit 1
-  { enter "$name" "for p in python3 /usr/libexec/platform-python python; do if command -v \$p >/dev/null; then exec \$p -c $listen $address $port; fi; done; echo none" \
-      <"$work/$name.in" >"$work/$name" 2>/dev/null || :; } &
+  enter 120 "$name" "for p in python3 /usr/libexec/platform-python python; do if command -v \$p >/dev/null; then exec \$p -c $listen $address $port; fi; done; echo no Python there >&2" \
+    <"$work/$name.in" >"$work/$name" 2>"$work/$name.why" &
+  echo $! >"$work/$name.pid"
 done
 # Held open, or the listeners end at once.
 for each in "$@"; do
   name=${each%%=*}
   exec 9>"$work/$name.in"
-  sleep 20 >&9 9>&- & echo $! >>"$work/.held"
+  sleep 120 >&9 9>&- 2>/dev/null &
+  echo $! >>"$work/.held"
   exec 9>&-
 done
-left=80
+answers() { grep -q '^listens ' "$work/$1" || ! kill -0 "$(cat "$work/$1.pid")" 2>/dev/null; }
+left=${answer}0
 while test $left -gt 0; do
   waiting=
-  for each in "$@"; do test -s "$work/${each%%=*}" || waiting=yes; done
+  for each in "$@"; do answers "${each%%=*}" || { waiting=yes; break; }; done
   test -n "$waiting" || break
   left=$((left - 1)); sleep 0.1
 done
-list=
+list= there=
 for each in "$@"; do
   name=${each%%=*}
-  if read -r ports <"$work/$name" 2>/dev/null && test "$ports" != none; then
+  ports=$(sed -n 's/^listens //p' "$work/$name")
+  if test -n "$ports"; then
+    there="$there $name"
     for one in $ports; do list="$list $each=$one"; done
+  else
+    why="no answer within $answer s"
+    ! answers "$name" || why=$(last "$work/$name.why")
+    printf 'network-unproved\t%s is left out, because it does not listen at %s: %s\n' "$name" "${each#*=}" "$why"
   fi
-done
-for each in "$@"; do
-  name=${each%%=*}
-  test -z "$list" || enter -n "$name" "own=$name; set -- $list; $try" 2>/dev/null >"$work/$name.said" &
+done >"$work/.said"
+for name in $there; do
+  enter 40 -n "$name" "own=$name; set -- $list; $try" >"$work/$name.said" 2>"$work/$name.error" &
   echo $! >>"$work/.tried"
 done
-while read -r one; do wait "$one"; done <"$work/.tried"
-while read -r one; do kill "$one" 2>/dev/null; done <"$work/.held"
-for each in "$@"; do cat "$work/${each%%=*}.said" 2>/dev/null; done | sort -u
+test ! -e "$work/.tried" || while read -r one; do wait "$one"; done <"$work/.tried"
+for one in $(cat "$work/.held" "$work"/*.pid); do kill "$one" 2>/dev/null; done
+for name in $there; do
+  grep -qx tried "$work/$name.said" ||
+    printf 'network-unproved\t%s ended half way when it called the others: %s\n' "$name" "$(last "$work/$name.error")"
+  cat "$work/$name.said"
+done | sort -u >>"$work/.said"
+while IFS=$tab read -r id said; do
+  case $id in
+    firewall-between-nodes) fix=$firewall ;;
+    mtu-mismatch) fix=$mtu ;;
+    network-unproved) fix=$unproved ;;
+    *) continue ;;
+  esac
+  printf '%s\t%s\t%s\n' "$id" "$said" "$fix"
+done <"$work/.said"
 exit 0
 """
 
@@ -124,11 +156,27 @@ def rendezvous_port(target: Target[NetworkSpec]) -> int:
 def proof(target: Target[NetworkSpec]) -> str:
     """On the head, over ssh: all nodes listen on their addresses, and each calls all, itself too.
 
-    A node that ssh does not reach is left to the proof of the ssh role; one without Python only calls.
+    One that cannot listen or call is named, and the others are proved among themselves. What is wrong here is
+    not what converging mends: that shows as drift, and a node with drift takes no part.
     """
     if not target.is_head or not target.others:
         return "true"
     nodes = [f"{node.name}={node.address}" for node in target.cluster.nodes.values()]
-    settings = {"listen": quote(LISTEN), "try": TRY, "port": str(rendezvous_port(target))}
+    firewall = (
+        "declare network.firewall as open, or let the nodes' addresses in where that port is closed"
+        if target.spec.firewall == "leave"
+        else "the node that is called lets the caller in, unless rules of iptables there say otherwise "
+        "(iptables -S INPUT): take those out, or open the firewall on the way between the two"
+    )
+    settings = {
+        "listen": quote(LISTEN),
+        "try": TRY,
+        "port": str(rendezvous_port(target)),
+        "answer": str(ANSWER_SECONDS),
+        "firewall": firewall,
+        "mtu": "let every switch and bridge on the way carry the nodes' packets (ping -M do -c 2 -s $((MTU - 28)) "
+        "ADDRESS shows whether they do), or declare network.mtu as what the way carries",
+        "unproved": "let the head enter that node by ssh and run python3 there, then verify again",
+    }
     lines = [f"{key}={quote(value)}" for key, value in settings.items()]
     return "\n".join([*lines, f"set -- {' '.join(map(quote, nodes))}"]) + SCRIPT

@@ -28,7 +28,7 @@ from roles import converge as converging
 from roles import registry
 from roles.converge import Run
 from roles.core import session
-from roles.core.role import Fact, Finding, Peers, Role, Rule, Target, Unreadable
+from roles.core.role import AGAIN, Fact, Finding, Peers, Role, Rule, Target, Unreadable
 from roles.core.steps import Download, Shell, Step, Upload, UploadFolder
 from roles.core.upload import upload_folder
 from roles.verify import EXIT_CODES, Report, judge, report
@@ -443,6 +443,17 @@ def test_a_failed_proof_fails_the_node_in_its_own_words(lab: Lab) -> None:
     assert "node1 a: torch-import: no module torch" in lab.said
 
 
+def test_a_line_of_a_proof_may_say_what_the_user_is_to_do(lab: Lab) -> None:
+    lab.names = ("node1",)
+    a = toy(lab, "a", proof=lambda target: r"printf 'a-far\tno answer\tplug it in\na-old\tcut\n'")
+    assert failed(lab.run(a)) == ["node1"]
+    assert lab.said[-3:-1] == ["node1 a: a-far: no answer; plug it in", "node1 a: a-old: cut"]
+    assert [(each.seen, each.fix) for each in report_of(lab, a).findings] == [
+        ("no answer", "plug it in"),
+        ("cut", AGAIN),
+    ]
+
+
 @pytest.mark.parametrize("busy", [False, True])
 def test_what_a_proof_uncovers_is_repaired_by_the_same_run_unless_that_disturbs(
     lab: Lab, busy: bool
@@ -463,7 +474,9 @@ def test_what_a_proof_uncovers_is_repaired_by_the_same_run_unless_that_disturbs(
         toy(
             lab,
             "a",
-            proof=lambda target: f"cd {here}; test -e mended || {{ touch bad; echo broken; }}",
+            proof=lambda target: (
+                f"cd {here}; test -e mended || {{ touch bad; printf 'a-damaged\\tbroken\\n'; }}"
+            ),
         ),
         probe=lambda target: (
             f"cd {here}; if test -e bad; then echo bad; elif test -e a; then echo yes; else echo no; fi"
@@ -473,7 +486,7 @@ def test_what_a_proof_uncovers_is_repaired_by_the_same_run_unless_that_disturbs(
         busy=lambda state: "a job" if busy else None,
     )
     assert failed(lab.run(a)) == (["node1"] if busy else [])
-    assert "node1 a: broken" in lab.said and lab.has("node1", "mended") is not busy
+    assert "node1 a: a-damaged: broken" in lab.said and lab.has("node1", "mended") is not busy
     if busy:
         assert lab.said[-1].startswith("node1 a: still there after converging: a-damaged")
 
@@ -656,6 +669,17 @@ def test_nodes_prove_together_without_those_that_are_dead_or_wrong(lab: Lab) -> 
         ("node3", "a-missing", "no"),
     ]
     assert waiting(found) == [("node3", "x", ["a"])]
+
+
+def test_what_one_proof_finds_together_holds_back_those_that_need_it(lab: Lab) -> None:
+    for name in ("a", "x"):
+        (lab.folder / "node1" / name).touch()
+        (lab.folder / "node2" / name).touch()
+    a = toy(lab, "a", proof=lambda target: r"printf 'a-cut\tnode2\n'", crossing=True)
+    x = toy(lab, "x", proof=naming(lab), crossing=True, proof_needs=("a",))
+    found = report_of(lab, a, x)
+    assert {each.id for each in found.findings} == {"a-cut"}
+    assert waiting(found)[0] == ("node1", "x", ["a"])
 
 
 def test_what_nodes_prove_together_over_ssh_waits_for_ssh() -> None:
