@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from roles.compiler.probe import CompilerState
+from roles.compiler.probe import CompilerState, Tool
 from roles.compiler.spec import CompilerSpec
 
 # Major version of the package gcc, and the versions that the same system offers beside it.
@@ -45,10 +45,7 @@ def choose(spec: CompilerSpec, state: CompilerState) -> Choice | None:
     """
     own, others = _offered(state)
     installed = {int(name.rpartition("-")[2]): name for name in state.candidates}
-    turned = any(
-        tool.path.startswith(("/usr/bin/", "/bin/")) and not spec.accepts(tool.major)
-        for tool in state.tools.values()
-    )
+    turned = any(of_system(tool) and not spec.accepts(tool.major) for tool in state.tools.values())
     known = [*installed] if own is None or state.manager == "rpm" else [*installed, own]
     if (own is None or spec.accepts(own)) and not (turned and any(map(spec.accepts, known))):
         return Choice(packages=("gcc", "g++") if state.manager == "apt" else ("gcc", "gcc-c++"))
@@ -71,10 +68,20 @@ def choose(spec: CompilerSpec, state: CompilerState) -> Choice | None:
 
 
 def _offered(state: CompilerState) -> tuple[int | None, tuple[int, ...]]:
-    """The major version of the system's own gcc, None where it is not known, and of the others."""
-    if state.manager == "apt":
-        return _DEBIAN.get(state.os, (None, ()))
-    return _ENTERPRISE.get(_release(state), (None, ()))
+    """The major version of the system's own gcc, None where it is not known, and of the others.
+
+    Of a system that the tables do not know, what it has tells.
+    """
+    table = _DEBIAN.get(state.os) if state.manager == "apt" else _ENTERPRISE.get(_release(state))
+    if table is not None:
+        return table
+    here = [tool.major for tool in state.tools.values() if of_system(tool)]
+    return max(here, default=0) or None, ()
+
+
+def of_system(tool: Tool) -> bool:
+    """Whether it lies where the system's packages put it."""
+    return tool.path.startswith(("/usr/bin/", "/bin/"))
 
 
 def _release(state: CompilerState) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from roles.compiler.choose import choose, headers_package
+from roles.compiler.choose import choose, headers_package, of_system
 from roles.compiler.probe import NAMES, WRAPPERS, CompilerState, Tool
 from roles.compiler.spec import CompilerSpec
 from roles.core.role import Finding, Peers, Target
@@ -75,4 +75,4 @@ def _foreign(tool: Tool) -> bool:
     """Whether neither the system's packages nor Lockstep put it there."""
     if tool.path.startswith(f"{WRAPPERS}/"):
         return not tool.ours
-    return not tool.path.startswith(("/usr/bin/", "/bin/"))
+    return not of_system(tool)

@@ -124,8 +124,17 @@ def header_packages(wanted: Wanted, state: DriverState) -> list[str]:
 
 def headers_of(state: DriverState, kernels: Sequence[Kernel]) -> list[str]:
     """Packages of the headers of those kernels that lack them."""
-    word = "linux-headers-" if state.manager == "apt" else "kernel-devel-"
-    return [f"{word}{kernel.release}" for kernel in kernels if not kernel.headers]
+    return [
+        f"{_headers_word(state, kernel)}-{kernel.release}"
+        for kernel in kernels
+        if not kernel.headers
+    ]
+
+
+def _headers_word(state: DriverState, kernel: Kernel) -> str:
+    if state.manager == "apt":
+        return "linux-headers"
+    return "kernel-uek-devel" if "uek" in kernel.release else "kernel-devel"  # Oracle's own kernel
 
 
 def drift(target: Target[DriverSpec], state: DriverState | None, peers: Peers) -> list[Finding]:

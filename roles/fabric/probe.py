@@ -170,7 +170,7 @@ def _ports(lines: Sequence[str]) -> Iterator[Port]:
 
 
 def _word(value: str) -> str:
-    match = re.fullmatch(r"\d+: ?(\S+)", value)
+    match = re.fullmatch(r"\d+: ?(\S+(?: \S+)*)", value)  # as 5: LinkUp, or 7: Phy Test
     if match is None:
         raise Unreadable(f"{value!r} is no state of a port")
     return match[1]

@@ -7,9 +7,8 @@ from collections.abc import Iterator, Sequence
 from roles.core.role import Finding, Peers, Target
 from roles.core.steps import Shell, Step, quote, write_file
 from roles.packages.converge import installing
-from roles.packages.managers import Manager
 from roles.packages.names import translated
-from roles.pdsh.drift import default_file, insecure, packages_for_repair
+from roles.pdsh.drift import default_file, insecure, manager_of, packages_for_repair
 from roles.pdsh.probe import PdshState
 from roles.pdsh.spec import PdshSpec
 
@@ -30,13 +29,9 @@ def converge(
         yield Shell("\n".join(lines))
     packages = packages_for_repair(target)
     if "pdsh-modules" in ids and packages is not None:
-        yield installing(packages, _manager(state), package(state), reinstall=True)
+        yield installing(packages, manager_of(state), package(state), reinstall=True)
 
 
 def package(state: PdshState) -> tuple[str, ...]:
     """What brings pdsh and its way over ssh."""
-    return translated(_manager(state), "pdsh")
-
-
-def _manager(state: PdshState) -> Manager:
-    return "apt" if state.dialect == "deb" else "rpm"
+    return translated(manager_of(state), "pdsh")

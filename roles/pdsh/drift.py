@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from roles.core.role import Finding, Peers, Target
+from roles.packages.managers import Manager
 from roles.packages.spec import PackagesSpec
 from roles.pdsh.probe import DEBIAN_DEFAULT, RPM_DEFAULT, Entry, PdshState
 from roles.pdsh.spec import PdshSpec
@@ -15,6 +16,11 @@ def default_file(target: Target[PdshSpec], state: PdshState) -> tuple[str, str]:
     if state.dialect == "deb":
         return DEBIAN_DEFAULT, f"{target.spec.rcmd}\n"
     return RPM_DEFAULT, f"export PDSH_RCMD_TYPE={target.spec.rcmd}\n"
+
+
+def manager_of(state: PdshState) -> Manager:
+    """What installs packages there."""
+    return "apt" if state.dialect == "deb" else "rpm"
 
 
 def insecure(state: PdshState) -> list[Entry]:
@@ -37,7 +43,7 @@ def _findings(target: Target[PdshSpec], state: PdshState) -> Iterator[Finding]:
     rcmd = target.spec.rcmd
     if state.version is None:
         packages = packages_for_repair(target)
-        coming = packages is not None and "pdsh" in packages.install
+        coming = packages is not None and "pdsh" in packages.names(manager_of(state))
         yield Finding(
             "pdsh-missing",
             "pdsh installed",

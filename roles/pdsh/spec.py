@@ -23,7 +23,7 @@ class PdshSpec(Spec):
             self.manage == "managed"
             and packages is not None
             and packages.manage == "managed"
-            and "pdsh" not in packages.install
+            and "pdsh" not in {*packages.names("apt"), *packages.names("rpm")}
         ):
             yield (
                 "",

@@ -32,12 +32,18 @@ Slug = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]+([.-][a-z0-9]+)*$")]
 Script = Annotated[str, StringConstraints(min_length=1)]
 
 
+def _families(of: Sequence[Kind]) -> tuple[Family, ...]:
+    """Those that nodes of these kinds can be of."""
+    has = {family for kind in of for family in kinds.CLASSES[kind].families}
+    return tuple(family for family in FAMILIES if family in has)
+
+
 class Fault(Strict):
     """One way to break a node.
 
     id: the finding that verify must show for it, of this role and of no other role.
-    os: the families of nodes on which it can be injected.
-    kind: the kinds of nodes on which it can be; a clock, a module or a limit of its own needs a machine.
+    kind: the kinds of nodes on which it can be injected; a clock, a module or a limit of its own needs a machine.
+    os: the families of nodes on which it can be; left out, all that those kinds have.
     node: any node, the head (the lab's node1) or a worker alone, or "all": it lies on all at once.
     shows: where verify names it: on the node itself, or on the others, which have what it serves.
     beside: slugs of faults of the same role that it does not hide on one node, nor they it.
@@ -46,8 +52,10 @@ class Fault(Strict):
     """
 
     id: Id
-    os: tuple[Family, ...] = FAMILIES
     kind: tuple[Kind, ...] = KINDS
+    os: tuple[Family, ...] = Field(
+        default_factory=lambda values: _families(values.get("kind", KINDS))
+    )
     node: Literal["any", "head", "worker", "all"] = "any"
     shows: Literal["itself", "others"] = "itself"
     beside: tuple[Slug, ...] = ()
@@ -60,6 +68,8 @@ class Fault(Strict):
             raise ValueError("break needs one script for each family under os, and no other")
         if not self.os or len(set(self.os)) != len(self.os):
             raise ValueError("os needs each of its families once")
+        if lacking := set(self.os).difference(_families(self.kind)):
+            raise ValueError(f"no node of its kinds is of the family {', '.join(sorted(lacking))}")
         if not self.kind or len(set(self.kind)) != len(self.kind):
             raise ValueError("kind needs each of its kinds once")
         return self

@@ -35,6 +35,14 @@ EITHER = {"id": "pdsh-owner", "break": "true"}
         ("x: {id: a, break: ''}", "pdsh.yaml: x.break"),
         ("x: {id: a, break: {debian: 'true'}}", "one script for each family"),
         ("x: {id: a, os: [], break: 'true'}", "os needs each of its families once"),
+        (
+            "x: {id: a, kind: [vm], os: [debian, rpm], break: 'true'}",
+            "no node of its kinds is of the family rpm",
+        ),
+        (
+            "x: {id: a, kind: [tank], break: 'true'}",
+            "pdsh.yaml: x.kind.0",
+        ),
         ("x: {id: a, kind: [vm, vm], break: 'true'}", "kind needs each of its kinds once"),
         ("x: {", "pdsh.yaml: no YAML"),
         ("- id: a", "pdsh.yaml"),
@@ -109,6 +117,8 @@ def test_the_list_for_scripts_has_name_families_and_finding(
     assert chosen.handler(chosen) == 0
     listed = json.loads(capsys.readouterr().out)
     assert len(listed) >= 30
+    machines = [each for each in listed if each["kind"] == ["vm"]]
+    assert len(machines) >= 10 and all(each["os"] == ["debian"] for each in machines)
     assert {
         "name": "hosts/127.0.1.1",
         "os": ["debian", "rpm"],

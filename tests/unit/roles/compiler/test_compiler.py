@@ -152,8 +152,22 @@ def test_an_rpm_system_takes_a_versioned_compiler_that_somebody_installed() -> N
     old = {name: Tool(f"/usr/bin/{name}", "7.3.0", False) for name in NAMES}
     state = replace(recorded("el8"), os="kylin V10", tools=old, candidates=("11",))
     assert choose(CompilerSpec(), state) == Choice((), "/usr/bin/gcc-11", "/usr/bin/g++-11")
-    bare = replace(state, candidates=())
-    assert choose(CompilerSpec(), bare) == Choice(packages=("gcc", "gcc-c++"))
+
+
+@pytest.mark.parametrize("os_name", ["kylin V10", "openEuler 20.03"])
+def test_a_system_of_no_table_whose_own_gcc_is_too_old_is_said_to_offer_none(os_name: str) -> None:
+    old = {name: Tool(f"/usr/bin/{name}", "7.3.0", False) for name in NAMES}
+    state = replace(recorded("el8"), os=os_name, tools=old, candidates=(), headers=True)
+    (finding,) = found(state, ninja=False)
+    assert finding.fix.startswith(f"{os_name} offers no such compiler") and not finding.repairable
+    empty = replace(state, tools={})  # what its package brings is known when it is there
+    assert choose(CompilerSpec(), empty) == Choice(packages=("gcc", "gcc-c++"))
+    half = replace(state, tools={"gcc": Tool("/usr/bin/gcc", "12.3.1", False)})
+    assert choose(CompilerSpec(), half) == Choice(packages=("gcc", "gcc-c++"))
+    broken = {name: replace(tool, version="") for name, tool in old.items()}
+    assert choose(CompilerSpec(), replace(state, tools=broken)) == Choice(
+        packages=("gcc", "gcc-c++")
+    )
 
 
 def test_lockstep_takes_its_wrapper_away_when_the_systems_own_will_do() -> None:

@@ -151,10 +151,14 @@ def sound(entry: Entry) -> bool:
         ),
         ("dkms 3.0.10: Debian's own name", [("installed", "6.1.0-56-amd64", True)]),
         ("dkms 3.2.2: source removed", [("broken", None, False)]),
+        ("dkms 3.2.2: added", [("added", None, False)]),
+        ("dkms 3.2.2: installed", [("installed", "6.1.0-50-amd64", True)]),
         ("dkms 3.2.2: built", [("built", "6.1.0-50-amd64", False)]),
         ("dkms 2.8.4: added", [("added", None, False)]),
         ("dkms 2.8.4: built", [("built", "6.1.0-50-amd64", False)]),
         ("dkms 2.8.4: installed", [("installed", "6.1.0-50-amd64", True)]),
+        ("dkms 2.8.4: source removed", [("broken", None, False)]),
+        ("dkms 2.8.4: link to the source gone", []),
         ("dkms 2.8.4: a file was there before", [("installed", "6.1.0-50-amd64", False)]),
         (
             "dkms 2: the kernel had a module of that name",
@@ -183,7 +187,7 @@ def test_every_dialect_of_dkms_is_read(
 
 
 def test_every_recorded_dialect_is_tried() -> None:
-    assert len(statuses()) == 18
+    assert len(statuses()) == 22
 
 
 def test_cut_or_localised_words_of_dkms_are_never_taken_for_right() -> None:
@@ -296,12 +300,19 @@ def test_a_newer_kernel_is_prepared_for_the_next_boot_and_older_ones_are_left() 
     assert natural("6.1.0-10-amd64") > natural("6.1.0-9-amd64")
 
 
-def test_an_rpm_node_gets_kernel_devel_of_exactly_that_kernel() -> None:
-    kernel = Kernel("5.14.0-427.13.1.el9_4.x86_64", headers=False)
+@pytest.mark.parametrize(
+    ("release", "package"),
+    [
+        ("5.14.0-427.13.1.el9_4.x86_64", "kernel-devel"),
+        ("5.15.0-200.131.27.el9uek.x86_64", "kernel-uek-devel"),
+    ],
+)
+def test_an_rpm_node_gets_the_headers_of_exactly_that_kernel(release: str, package: str) -> None:
+    kernel = Kernel(release, headers=False)
     state = replace(
         RIGHT, manager="rpm", kernel=kernel.release, kernels=(kernel,), entries=(), modules={}
     )
-    assert " install kernel-devel-5.14.0-427.13.1.el9_4.x86_64\n" in steps(state)[0]
+    assert f" install {package}-{release}\n" in steps(state)[0]
 
 
 def test_in_a_container_only_the_kernels_it_has_count_and_nothing_is_loaded() -> None:

@@ -176,6 +176,20 @@ def test_roce_never_needs_a_subnet_manager(tmp_path: Path) -> None:
     assert state.summary == "1 x Ethernet 100 Gb/sec (4X EDR)"
 
 
+def test_physical_states_of_two_words_are_read(tmp_path: Path) -> None:
+    """As the kernel's drivers/infiniband/core/sysfs.c writes them."""
+    tree(
+        tmp_path / "sys",
+        mlx5_0=("1: DOWN", "7: Phy Test", "InfiniBand"),
+        mlx5_1=("0: NOP", "0: <unknown>", "InfiniBand"),
+    )
+    ports = look(tmp_path / "sys", tmp_path).ports
+    assert [str(port) for port in ports] == [
+        "mlx5_0 port 1 DOWN (Phy Test)",
+        "mlx5_1 port 1 NOP (<unknown>)",
+    ]
+
+
 def test_a_recorded_tree_serves_as_a_node(tmp_path: Path) -> None:
     tree(tmp_path / "a tree", mlx5_0=("2: INIT", "5: LinkUp", "InfiniBand"))
     state = look(tmp_path / "a tree", tmp_path)

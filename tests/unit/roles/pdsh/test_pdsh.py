@@ -60,6 +60,15 @@ def test_a_node_that_will_not_get_the_package_tells_the_user_what_to_declare() -
         assert "packages: install" in finding.fix and not finding.repairable
 
 
+@pytest.mark.parametrize(("family", "coming"), [("debian", True), ("rpm", False)])
+def test_a_package_that_one_family_alone_gets_does_not_come_to_the_other(
+    family: str, coming: bool
+) -> None:
+    packages = PackagesSpec.model_validate({"install": [{family: "pdsh"}]})
+    (finding,) = found(recorded("bookworm-bare"), packages)
+    assert (finding.fix == "the packages role installs it") is coming
+
+
 def test_debians_default_of_rsh_is_found_and_ssh_is_written() -> None:
     state = recorded("rsh-default")
     assert [finding.id for finding in found(state)] == ["pdsh-default"]
@@ -133,6 +142,7 @@ def test_a_package_list_without_pdsh_contradicts_this_role() -> None:
     ((key, sentence),) = problems(PdshSpec(), PackagesSpec(install=["rsync"]))
     assert key == "" and "packages: install" in sentence
     assert problems(PdshSpec(), PACKAGES) == []
+    assert problems(PdshSpec(), PackagesSpec.model_validate({"install": [{"rpm": "pdsh"}]})) == []
     assert problems(PdshSpec(manage="unmanaged"), PackagesSpec(install=["rsync"])) == []
     assert problems(PdshSpec(), PackagesSpec(install=["rsync"], manage="check")) == []
 
