@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from inventory.cluster import Cluster, Node
 from roles.core.role import Finding, Target, Unreadable
-from roles.core.steps import Shell
+from roles.core.steps import Shell, quote
 from roles.driver import DriverSpec, DriverState, role
 from roles.driver.dkms import Entry, parse_status
 from roles.driver.drift import kernels_that_matter, natural
@@ -72,11 +72,10 @@ def steps(state: DriverState, **declared: Any) -> list[str]:
     return [step.command for step in done if isinstance(step, Shell)]
 
 
-def looked(root: Path, *files: str, **tools: str) -> DriverState:
-    """What the probe shows of a machine whose files lie below a folder. tools: name to what it runs."""
-    for name in (f"boot/vmlinuz-{K}", *files):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).touch()
+def below(root: Path, script: str, **tools: str) -> str:
+    """What a script prints on a machine whose files lie below a folder. tools: name to what it runs."""
+    (root / f"boot/vmlinuz-{K}").parent.mkdir(exist_ok=True)
+    (root / f"boot/vmlinuz-{K}").touch()
     (root / "proc/sys/kernel").mkdir(parents=True)
     (root / "proc/sys/kernel/osrelease").write_text(f"{K}\n")
     (root / "bin").mkdir()
@@ -87,16 +86,19 @@ def looked(root: Path, *files: str, **tools: str) -> DriverState:
     }.items():
         (root / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
         (root / "bin" / name).chmod(0o755)
-    places = r"boot|usr/src|(etc|usr/lib|lib)/modprobe\.d|lib/modules|var/lib/dkms|proc/sys/kernel"
-    script = re.sub(rf"(?<!\w)/(?={places})", f"{root}/", probe(target(WITHOUT, nodes=["node1"])))
+    places = r"boot|usr/src|(etc|usr/lib|lib)/modprobe\.d|lib/modules|var/lib/|proc/|sys/|run/|\.dockerenv"
     done = subprocess.run(
-        ["sh", "-c", script],
+        ["sh", "-c", re.sub(rf"(?<!\w)/(?={places})", f"{root}/", script)],
         env={"PATH": f"{root}/bin:/usr/bin:/bin"},
         capture_output=True,
         text=True,
     )
     assert (done.returncode, done.stderr) == (0, "")
-    state = parse(done.stdout.strip("\n"))
+    return done.stdout.strip("\n")
+
+
+def looked(root: Path, **tools: str) -> DriverState:
+    state = parse(below(root, probe(target(WITHOUT, nodes=["node1"])), **tools))
     assert state is not None
     return state
 
@@ -464,6 +466,42 @@ def test_libraries_of_another_version_are_named() -> None:
     ) == ["driver-package"]
 
 
+MISMATCH = "Failed to initialize NVML: Driver/library version mismatch"
+DEAD = (
+    "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver. Make sure that"
+)
+
+
+@pytest.mark.parametrize(
+    ("says", "code", "persistence", "told"),
+    [
+        (f"{V}, Enabled\n{V}, Enabled", 0, True, ""),
+        (
+            "550.54.15, Enabled\n550.54.15, Enabled", 0, True,
+            f"driver-library-mismatch\tnvidia-smi says 550.54.15, Enabled, and {V} is declared",
+        ),
+        (
+            f"{V}, Enabled\n{V}, Disabled", 0, True,
+            "persistence-off\tnvidia-smi says that persistence mode is disabled",
+        ),
+        (f"{V}, Disabled", 0, False, ""),
+        (f"{MISMATCH}\nNVML library version: 550.54", 18, True, f"driver-library-mismatch\t{MISMATCH}"),
+        (f"{DEAD}\n", 9, True, f"driver-not-loaded\tnvidia-smi fails: {DEAD}"),
+    ],
+)  # fmt: skip
+def test_the_proof_tells_what_nvidia_smi_says_where_there_is_a_gpu(
+    tmp_path: Path, says: str, code: int, persistence: bool, told: str
+) -> None:
+    assert role.proof is not None
+    script = role.proof(target(persistence=persistence))
+    smi = {"nvidia-smi": f"printf '%s\\n' {quote(says)}; exit {code}"}
+    for vendor, expected in (("0x8086", ""), ("0x10de", told)):
+        device = tmp_path / vendor / "sys/bus/pci/devices/0000:3b:00.0"
+        device.mkdir(parents=True)
+        (device / "vendor").write_text(f"{vendor}\n")
+        assert below(tmp_path / vendor, script, **smi) == expected
+
+
 def test_secure_boot_is_explained_and_nothing_is_loaded_behind_its_back() -> None:
     state = replace(RIGHT, loaded=None, loaded_flavour=None, secure_boot="on")
     finding = one(state)
@@ -541,10 +579,11 @@ def test_ubuntus_driver_for_servers_is_the_driver_and_nvidia_fs_is_not(tmp_path:
         dkms=f"echo nvidia-srv/{V}, {K}, x86_64: installed",
         modinfo=f"echo 'filename: /lib/modules/{K}/updates/dkms/nvidia.ko'; echo version: {V}; echo license: NVIDIA",
     )
-    there = replace(state, container=True, blocked=True, following=())
-    assert state.tree == {("nvidia-srv", V): True} and ids(there, nodes=["node1"]) == []
+    there = replace(state, blocked=True)
+    assert state.tree == {("nvidia-srv", V): True}
+    assert role.drift(target(WITHOUT, nodes=["node1"]), there, {}) == []
     unbuilt = replace(there, entries=(Entry("nvidia-srv", V, "added"),))
-    assert any(step.startswith("name=nvidia-srv ") for step in steps(unbuilt, nodes=["node1"]))
+    assert any(step.startswith("name=nvidia-srv ") for step in steps(unbuilt))
 
 
 def unit(name: str, **changed: str) -> DriverState:
