@@ -16,9 +16,12 @@ echo "$nonce" >"$file" || exit 1
 for node in "$@"; do
   (
     seen=$(timeout 20 ssh -n -o BatchMode=yes -o ConnectTimeout=5 "$node" "$reading$file" 2>/dev/null)
-    case $? in 124|255) exit 0 ;; esac
+    case $? in
+      124) printf 'nfs-server-silent\t%s did not read at %s within 20 s what the head wrote there\t%s\n' "$node" "$path" "$hung"; exit ;;
+      255) exit ;;
+    esac
     test "$seen" = "$nonce" ||
-      printf 'storage-different\t%s does not see at %s what the head wrote there a moment ago\n' "$node" "$path"
+      printf 'storage-different\t%s does not see at %s what the head wrote there a moment ago\t%s\n' "$node" "$path" "$other"
   ) &
 done
 wait
@@ -33,8 +36,12 @@ def proof(target: Target[StorageSpec]) -> str:
     others = [node.name for node in target.others]
     if target.spec.kind == "local" or not target.is_head or not others:
         return "true"
-    reading = f"cd -- {quote(target.spec.path)} && cat "
-    return (
-        f"path={quote(target.spec.path)} reading={quote(reading)}\n"
-        f"set -- {' '.join(quote(name) for name in others)}\n{SCRIPT}"
-    )
+    path = target.spec.path
+    settings = {
+        "path": path,
+        "reading": f"cd -- {quote(path)} && cat ",
+        "hung": "look whether the server answers that node (ls there, ping SERVER), then verify again",
+        "other": f"mount at {path} on that node what the head has there: a copy of it carries the same mark",
+    }
+    lines = [f"{key}={quote(value)}\n" for key, value in settings.items()]
+    return f"{''.join(lines)}set -- {' '.join(quote(name) for name in others)}\n{SCRIPT}"

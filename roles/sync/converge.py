@@ -86,16 +86,18 @@ def with_variables(values: dict[str, str], script: str) -> str:
     return "".join(f"{name}={quote(value)}\n" for name, value in values.items()) + script
 
 
+RIGHT_BACK = "copy the right file back from another node; where the new content is meant, touch the file and converge"
+
 DEEP = rf"""
 {LIST}
 umask 022
-# prove NAME NOTES MANIFEST PLACE: hashes of all files; what is wrong is noted where the next run can mend it.
+# prove NAME NOTES MANIFEST PLACE ID FIX: hashes of all files; what is wrong is noted where the next run can mend it.
 prove() {{
   test -f "$2/$3" && cd "$4" || return 0
   awk -F '\t' '$2 == "f" {{ print $1 "  ./" $5 }}' "$2/$3" | sha256sum -c 2>/dev/null | damaged >"$2/{DAMAGED}.new"
   if test -s "$2/{DAMAGED}.new"; then
-    printf '%s\t%s at %s: %s of its files missing, cut or altered, the first is %s\n' \
-      "$5" "$1" "$4" "$(wc -l <"$2/{DAMAGED}.new")" "$(head -n 1 "$2/{DAMAGED}.new")" | clean
+    printf '%s\t%s at %s: %s of its files missing, cut or altered, the first is %s%s\n' "$5" "$1" "$4" \
+      "$(wc -l <"$2/{DAMAGED}.new")" "$(head -n 1 "$2/{DAMAGED}.new")" "$6" | clean
     if test "$3" = {MANIFEST}; then mv -f "$2/{DAMAGED}.new" "$2/{DAMAGED}"; fi
   fi
   rm -f "$2/{DAMAGED}.new"
@@ -113,7 +115,7 @@ def deep(target: Target[StorageSpec]) -> str:
             entry.notes,
             SOURCE if given else MANIFEST,
             entry.place,
-            "sync-source-damaged" if given else "sync-damaged",
+            *(("sync-source-damaged", f"\t{RIGHT_BACK}") if given else ("sync-damaged", "")),
         )
         calls.append(f"prove {' '.join(map(quote, words))}\n")
     return f"{DEEP}{''.join(calls)}" if calls else "true"

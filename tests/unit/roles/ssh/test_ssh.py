@@ -454,20 +454,23 @@ def test_the_proof_asks_every_node_from_the_head_and_nothing_from_a_worker() -> 
 
 
 @pytest.mark.parametrize(
-    ("message", "id"),
+    ("message", "id", "fix"),
     [
-        ("Host key verification failed.", "ssh-hostkey"),
-        ("root@node2: Permission denied (publickey).", "ssh-unreachable"),
+        ("Host key verification failed.", "ssh-hostkey", "lockstep trust node2, "),
+        ("root@node2: Permission denied (publickey).", "ssh-unreachable", "ssh -v node2 on the head "),
     ],
-)
-def test_the_proof_names_what_ssh_said(tmp_path: Path, message: str, id: str) -> None:
+)  # fmt: skip
+def test_the_proof_names_what_ssh_said_and_what_the_user_is_to_do(
+    tmp_path: Path, message: str, id: str, fix: str
+) -> None:
     fake = tmp_path / "ssh"
     fake.write_text(
         f"#!/bin/sh\ncase $* in *node1*) exit 0 ;; esac\nprintf 'noise\\n{message}\\r\\n' >&2; exit 255\n"
     )
     fake.chmod(0o755)
     done = sh(proof(HEAD), tmp_path)
-    assert done.stdout == f"{id}\tssh node2 from the head: {message}\n"
+    assert done.stdout.startswith(f"{id}\tssh node2 from the head: {message}\t{fix}")
+    assert done.stdout.count("\n") == 1
 
 
 # What follows runs the shell text itself, on trees under a temporary directory.

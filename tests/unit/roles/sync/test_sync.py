@@ -332,6 +332,19 @@ def test_a_file_altered_with_the_same_size_and_time_is_found_by_the_deep_proof_a
     assert site._run(site.host("node2"), deep(site.target("node2")), 60).stdout == ""
 
 
+def test_what_the_giver_itself_altered_is_for_the_user_to_judge(site: Site) -> None:
+    site.write(site.place("node1", "models"))
+    site.declare(models=f"node1:{site.data}/models")
+    site.converge()
+    altered = site.place("node1", "models") / "a.txt"
+    time = altered.stat().st_mtime_ns
+    altered.write_bytes(bytes(altered.stat().st_size))
+    os.utime(altered, ns=(time, time))
+    said = site._run(site.host("node1"), deep(site.target("node1")), 60).stdout
+    assert said.startswith("sync-source-damaged\tmodels at ")
+    assert "the first is a.txt\tcopy the right file back" in said
+
+
 def test_a_file_whose_time_alone_changed_does_not_travel(site: Site, corpus: Path) -> None:
     site.converge()
     os.utime(site.place("node2") / "a.txt", (5, 5))

@@ -261,6 +261,7 @@ def test_the_proof_measures_the_clocks_past_chrony(tmp_path: Path, shift: str, w
     said = proved(tmp_path, shift)
     assert said.startswith("rdzv-clock-skew\t") and "node2" in said and word in said
     assert abs(float(said.split(" is ")[1].split()[0]) - 20) < 0.5
+    assert "more than 1 s\twait two minutes" in said
 
 
 def test_a_slow_way_is_not_taken_for_a_wrong_clock(tmp_path: Path) -> None:
