@@ -73,11 +73,13 @@ def bundle(cluster: Cluster, folder: Path, ask_only: bool, say: Callable[[str], 
         sources = _sources(cluster, system.manager, work / "keys")
         count, fresh, size = gather(store, system, sources, work)
         say(f"{system.folder}: {count} packages, {fresh} of them fetched ({size / MIB:.0f} MiB)")
-    archives = {}
+    archives, packed_wheels = {}, []
     section = cluster.section("environments", Environments)
     for one in section.each() if section else []:
         if archive := _environment(store, cluster, one, found.glibc, say):
             archives[one.name] = archive
+        if store.holds(f"wheels/{one.name}/"):
+            packed_wheels.append(one.name)
     fetched = {}
     fetch = cluster.section("fetch", FetchSpec)
     for model in fetch.each(cluster) if fetch and fetch.manage == "managed" else []:
@@ -86,7 +88,9 @@ def bundle(cluster: Cluster, folder: Path, ask_only: bool, say: Callable[[str], 
     if cluster.job is not None:
         store.copy(cluster.job, "job.yaml")
     values = read_mapping(cluster.path).values
-    text = rewritten(cluster.path, values, archives, fetched, cluster.job is not None)
+    text = rewritten(
+        cluster.path, values, archives, packed_wheels, fetched, cluster.job is not None
+    )
     store.write("cluster.yaml", text)
     total = store.close()
     say(f"{folder}: {total / MIB:.0f} MiB; use {folder / 'cluster.yaml'}, as by LOCKSTEP_CLUSTER")
@@ -124,7 +128,7 @@ def _environment(
 
     None where it stays on the nodes' shared storage; nothing may be known of it here.
     """
-    name, python, copied = None, "", "stays where it is, on the shared storage"
+    name, archive, copied = None, None, "stays where it is, on the shared storage"
     try:
         editable = {each: source_of(cluster, one, each).parcel for each in one.spec.editable}
         try:
@@ -133,14 +137,13 @@ def _environment(
             if one.spec.pins and one.spec.wheels is None:
                 raise
         else:
-            python = archive.python
             if not environments.on_shared(cluster, one):
                 name = f"environments/{one.name}.{archive.ending}"
                 source = environments.archive_of(cluster, one)
                 copied = "copied" if store.copy(source, name) else "there already"
     except (ArchiveProblem, SourceProblem) as problem:
         raise BundleError(f"environment {one.name}: {problem}") from None
-    fresh = wheels.gather(store, cluster, one, python, glibc)
+    fresh = wheels.gather(store, cluster, one, archive, glibc)
     for each, parcel in editable.items():
         store.copy(parcel.source, packed_source(one.name, each))
     packed = f"; sources of {', '.join(editable)}" if editable else ""

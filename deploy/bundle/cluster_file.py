@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,14 @@ def rewritten(
     path: Path,
     values: Mapping[str, Any],
     files: Mapping[str, str],
+    wheels: Collection[str],
     fetched: Mapping[str, str],
     job: bool,
 ) -> str:
     """The text. path, values: the user's file as it was read, and what it says.
 
     files: the archive in the bundle of each environment, but of those that lie on the shared storage.
+    wheels: the environments for which it holds wheels.
     fetched: where each model and data set lies on the nodes. job: the job file lies beside as ``job.yaml``.
     """
     declared = copy.deepcopy(dict(values))
@@ -46,7 +48,7 @@ def rewritten(
             for key in ("directory", "requirements", "python", "conda"):
                 one.pop(key, None)
             one["archive"] = files[name]
-        if one.get("pins"):
+        if name in wheels:
             one["wheels"] = f"wheels/{name}"
         if one.get("editable"):
             one["editable"] = {each: packed_source(name, each) for each in one["editable"]}

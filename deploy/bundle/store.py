@@ -73,6 +73,10 @@ class Store:
         path = self.folder / name
         self._files[name] = bundle.Entry(sha256=sha256 or digest(path), size=path.stat().st_size)
 
+    def holds(self, folder: str) -> bool:
+        """Whether the bundle has a file there. folder: ends with a slash."""
+        return any(name.startswith(folder) for name in self._files)
+
     def copy(self, source: Path, name: str) -> bool:
         """Have a copy of a file of this machine, whole or not at all; whether it had to be made.
 

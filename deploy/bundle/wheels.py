@@ -10,9 +10,11 @@ from pathlib import Path
 from deploy.bundle.store import BundleError, Store
 from deploy.bundle.tools import run
 from inventory.cluster import Cluster
+from roles.environment.archive import Archive
 from roles.environment.fit import numbers
+from roles.environment.pinned import meets, pinned
 from roles.environment.spec import Declared, normal_name
-from roles.pins.distributions import fits, meets, of_wheel
+from roles.pins.distributions import fits, of_wheel
 from roles.pins.wheels import WheelProblem, pip_wheel, wheels_of
 
 OLDEST_GLIBC = 5
@@ -22,21 +24,29 @@ OLD_NAMES = ("manylinux2014", "manylinux2010", "manylinux1", "linux")
 
 
 def gather(
-    store: Store, cluster: Cluster, one: Declared, python: str, glibc: Mapping[str, str]
+    store: Store,
+    cluster: Cluster,
+    one: Declared,
+    archive: Archive | None,
+    glibc: Mapping[str, str],
 ) -> int:
     """Have the wheels of that environment's pins below ``wheels/NAME``; how many were fetched or copied.
 
-    python: version of the environment's, major.minor. glibc: machine of the nodes, as ``uname -m`` names it, to
+    archive: the environment's, where it could be read. glibc: machine of the nodes, as ``uname -m`` names it, to
     the oldest glibc there: a wheel for a newer one could not be installed on every node.
     Raises BundleError.
     """
-    fresh = 0
+    fresh, python = 0, archive.python if archive else ""
     try:
-        for name, pin in one.spec.pins.items():
+        for name, pin in pinned(one, archive).items():
             if one.spec.wheels is not None:
-                files = [parcel.source for parcel in wheels_of(cluster, one, name, python)]
+                files = [parcel.source for parcel in wheels_of(cluster, one, name, pin, python)]
                 fresh += sum(store.copy(file, f"wheels/{one.name}/{file.name}") for file in files)
                 continue
+            if one.spec.index is None:
+                raise WheelProblem(
+                    f"{name} {pin} is to be installed again: name wheels or an index"
+                )
             for machine in _lacking(store, one.name, name, pin, python, glibc):
                 fresh += _download(store, one, f"{name}=={pin}", python, machine, glibc[machine])
         return fresh

@@ -14,6 +14,7 @@ from roles.editables.source import SourceProblem, source_of
 from roles.environment.converge import LOGIN, alone, here_script
 from roles.environment.converge import proof as environment_proof
 from roles.environment.parcel import LOCAL, Parcel, deliver, intact, place_of
+from roles.environment.pinned import spellings
 from roles.environment.spec import Declared, Environments
 from roles.pins.pip import INSTALL_SECONDS
 from roles.pins.pip import install as pip_install
@@ -63,17 +64,17 @@ def install(one: Declared, seen: Seen, wrong: Wrong, pip: str, place: str) -> st
         'if [ -e "$S" ]; then rm -rf "$O"; mv -T "$S" "$O"; fi\n'
         'mv -T "$S.lockstep-new" "$S"\n'
         # What an earlier "setup.py develop" left, and what pip has no record to take out.
-        f"find {quote(seen.site)} -maxdepth 1 -iname {quote(_pattern(wrong.name) + '.egg-link')} -delete\n"
+        f"find {quote(seen.site)} -maxdepth 1 -iname {quote(spellings(wrong.name) + '.egg-link')} -delete\n"
         f"for d in {quote(seen.site)}/*.dist-info {quote(seen.site)}/*.egg-info; do\n"
         f"  case $(printf %s \"${{d##*/}}\" | tr 'A-Z_.' 'a-z--') in {wrong.name}-[0-9]*)\n"
         '    [ -f "$d/RECORD" ] || rm -rf "$d";; esac\ndone\n'
     )
-    arguments = f"--no-index --no-build-isolation -e {quote(tree)}"
+    command = f"--no-index --no-build-isolation -e {quote(tree)}"
     return (
         f"umask 022\nN={quote(f'{tree}.lockstep-new')}\n"
         f'rm -rf "$N"; mkdir -p "$N"\n'
         f'tar -x -f {quote(place)} -C "$N" --no-same-owner\n'
-        f"{pip_install(one.prefix, pip, arguments, before)}"
+        f"{pip_install(one.prefix, pip, [command], before)}"
     )
 
 
@@ -100,11 +101,6 @@ def _forget(target: Target[Environments]) -> str:
         f"{own}find {quote(shared)}/sources -maxdepth 1 -name '*.tar' -mtime +0 {others} "
         "-exec rm -f {} + 2>/dev/null || :\n"
     )
-
-
-def _pattern(name: str) -> str:
-    """For ``find``: the name however it is spelt."""
-    return name.replace("-", "[-_.]")
 
 
 def note(one: Declared, wrong: Wrong, source: Parcel) -> str:

@@ -38,8 +38,9 @@ class Archive:
     python: version of the interpreter, major.minor.
     interpreter: below the root, what can run before the environment is mended.
     home: the node's own interpreter that a venv borrows; None when the environment has its own.
-    distributions: names of the metadata folders in site-packages that own their files.
+    distributions: names of the metadata folders in site-packages that own their files, or are to.
     strays: metadata folders whose files another distribution has replaced; they are not unpacked.
+    overwritten: those of them that are required; their distributions must be installed again.
     unclear: metadata folders that claim the same files, where neither record holds: ``A and B``.
     requires: metadata folder to what its distribution requires, as ``Requires-Dist`` spells it.
     editables: normal name of each editable install to its source, a folder outside the environment.
@@ -55,6 +56,7 @@ class Archive:
     home: str | None
     distributions: tuple[str, ...] = ()
     strays: tuple[str, ...] = ()
+    overwritten: tuple[str, ...] = ()
     unclear: tuple[str, ...] = ()
     requires: Mapping[str, list[str]] = field(default_factory=dict)
     editables: Mapping[str, str] = field(default_factory=dict)
@@ -66,6 +68,9 @@ class Archive:
         """Named by content, so that a file of this name is this archive."""
         return f"{self.sha256}.{self.ending}"
 
+
+TUPLES = ("distributions", "strays", "overwritten", "unclear")
+"""Fields that are lists in the memory."""
 
 _lock = RLock()
 """pyinfra asks for several nodes at once; a lock of ``threading`` would stop all its greenlets for ever."""
@@ -168,7 +173,7 @@ def _parsed(memory: Path, inode: int, mtime_ns: int) -> Mapping[str, Any]:
 
 def _archive(record: Mapping[str, Any]) -> Archive:
     values = {key: value for key, value in record.items() if key != "identity"}
-    lists = {name: tuple(values[name]) for name in ("distributions", "strays", "unclear")}
+    lists = {name: tuple(values[name]) for name in TUPLES}
     return Archive(**{**values, **lists, "needs": Needs(**values["needs"])})
 
 

@@ -18,6 +18,7 @@ from roles.environment import parcel
 from roles.environment.archive import Archive
 from roles.environment.drift import Action, Pair, pairs, wanted_proof, wanted_stamp
 from roles.environment.parcel import deliver, intact, note, place_of
+from roles.environment.pinned import incomplete
 from roles.environment.probe import BIN_ON_PATH, EnvironmentState, archive_of, parcel_of
 from roles.environment.prove import STAMP
 from roles.environment.sources import described
@@ -298,7 +299,7 @@ def link(one: Declared) -> str:
 
 
 def proof(target: Target[Environments], stale_only: bool = False) -> str:
-    """Shell that proves every environment, for a login without activation and for a job.
+    """Shell that proves every environment that is complete, for a login without activation and for a job.
 
     stale_only: where a valid proof lies, nothing is run.
     """
@@ -313,8 +314,14 @@ def deep(target: Target[Environments]) -> str:
 def _prove(target: Target[Environments], mode: str, before: str = "") -> str:
     calls = []
     for one in target.spec.each():
-        wanted = {**wanted_proof(one), "unit": unit_variables(one.prefix, target.node.gpus)}
-        calls.append(f"prove {quote(one.prefix)} {quote(json.dumps(wanted))} {mode}\n")
+        archive = archive_of(target.cluster, one)
+        wanted = {
+            **wanted_proof(one, archive),
+            "unit": unit_variables(one.prefix, target.node.gpus),
+        }
+        unfinished = incomplete(one, archive)
+        first = f"P={quote(one.prefix)}\n{unfinished} || " if unfinished else ""
+        calls.append(f"{first}prove {quote(one.prefix)} {quote(json.dumps(wanted))} {mode}\n")
     return (
         f"({arriving('manifest.py', 'imports.py', 'prove.py')}prove() {{\n"
         'if ! [ -x "$1/bin/python" ]; then printf \'environment-missing\\tno %s/bin/python\\n\' "$1"; return 0; fi\n'

@@ -12,6 +12,7 @@ from roles.core.role import Finding, Peers, Target
 from roles.environment import mend, prove
 from roles.environment.archive import Archive, ArchiveProblem
 from roles.environment.fit import misfit
+from roles.environment.pinned import replaced
 from roles.environment.probe import BIN_ON_PATH, EnvironmentState, Seen, stamp_values
 from roles.environment.sources import Unread, described
 from roles.environment.spec import Declared, Environments, of_metadata
@@ -44,12 +45,12 @@ def wanted_stamp(one: Declared, archive: Archive) -> str:
     return json.dumps(values, sort_keys=True)
 
 
-def wanted_proof(one: Declared) -> dict[str, list[str]]:
+def wanted_proof(one: Declared, archive: Archive | None) -> dict[str, list[str]]:
     """What the proof must show, as ``prove.py`` takes it."""
     wanted = {"imports": one.spec.imports, "commands": one.spec.commands, "linked": one.linked}
     wanted["optional"] = one.optional
-    if one.replaced:
-        wanted["pins"] = one.replaced
+    if names := replaced(one, archive):
+        wanted["pins"] = names
     return wanted
 
 
@@ -102,8 +103,8 @@ def _pairs(target: Target[Environments], state: EnvironmentState, one: Declared)
         return
     yield from tree
     yield from _links(one, seen)
-    if not tree:
-        yield from _proof(one, seen)
+    if not tree and not seen.incomplete:
+        yield from _proof(one, seen, archive)
 
 
 def _without_interpreter(one: Declared, seen: Seen, archive: Archive) -> Finding | None:
@@ -188,7 +189,7 @@ def _tree(one: Declared, seen: Seen, archive: Archive) -> Iterator[Pair]:
     if changed:
         yield Action.UNPACK, different("environment-changed", changed)
         return
-    if missing:
+    if missing and not seen.incomplete:
         yield (
             Action.NONE,
             Finding(
@@ -243,7 +244,7 @@ def _tree(one: Declared, seen: Seen, archive: Archive) -> Iterator[Pair]:
 def _changed(one: Declared, seen: Seen, archive: Archive) -> str:
     """Distributions that are not the archive's, in words: added or taken out by hand, or by pins of
     the past. Those that are pinned or editable now, and the trainer, have roles of their own."""
-    own = {*one.replaced, prove.OWN}
+    own = {*replaced(one, archive), prove.OWN}
 
     def others(folders: Iterable[str]) -> set[str]:
         return {folder for folder in folders if of_metadata(folder)[0] not in own}
@@ -300,8 +301,8 @@ def _links(one: Declared, seen: Seen) -> Iterator[Pair]:
         )
 
 
-def _proof(one: Declared, seen: Seen) -> Iterator[Pair]:
-    proof, wanted = stamp_values(seen.proof), wanted_proof(one)
+def _proof(one: Declared, seen: Seen, archive: Archive) -> Iterator[Pair]:
+    proof, wanted = stamp_values(seen.proof), wanted_proof(one, archive)
     # A pin that is not met has a role of its own: judged is what else changed since the proof.
     others = seen.distributions.difference(prove.of_pins(seen.distributions, wanted))
     keys = [

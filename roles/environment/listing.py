@@ -44,6 +44,7 @@ class Listed:
     entries: int
     needs: Needs
     strays: tuple[str, ...] = ()
+    overwritten: tuple[str, ...] = ()
     unclear: tuple[str, ...] = ()
 
 
@@ -146,9 +147,14 @@ class Listing:
     def judged(self, listed: Listed, found: Mapping[str, str]) -> Listed:
         """The same, knowing whose the doubtful files are. found: their SHA-256, as ``hashes`` gives it."""
         groups = metadata.doubtful(listed.distributions)
-        strays, unclear = metadata.judge(groups, self._texts.get(listed.root, {}), found)
-        own = tuple(folder for folder in listed.distributions if folder not in strays)
-        return replace(listed, distributions=own, strays=tuple(strays), unclear=tuple(unclear))
+        strays, overwritten, unclear = metadata.judge(
+            groups, self._texts.get(listed.root, {}), found
+        )
+        lost = {*strays} - {*overwritten}
+        own = tuple(folder for folder in listed.distributions if folder not in lost)
+        return replace(
+            listed, distributions=own, strays=strays, overwritten=overwritten, unclear=unclear
+        )
 
     def _root(self) -> str:
         roots = [root for root in self._pythons if root in self._versions]

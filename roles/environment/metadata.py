@@ -11,9 +11,11 @@ import importlib.metadata
 import json
 import re
 from base64 import urlsafe_b64encode
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from os import PathLike
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from packaging.requirements import InvalidRequirement, Requirement
@@ -102,9 +104,7 @@ def doubtful(folders: Iterable[str]) -> list[list[str]]:
     """Groups of metadata folders of which one alone can own its files."""
     groups: dict[str, list[str]] = {}
     for folder in sorted(folders):
-        name = of_metadata(folder)[0]
-        family = FAMILY.fullmatch(name)
-        groups.setdefault(f"nvidia {family['library']}" if family else name, []).append(folder)
+        groups.setdefault(family(of_metadata(folder)[0]), []).append(folder)
     return [group for group in groups.values() if len(group) > 1]
 
 
@@ -129,28 +129,56 @@ def spelt(digest: bytes) -> str:
     return urlsafe_b64encode(digest).rstrip(b"=").decode()
 
 
-def judge(
-    groups: Iterable[list[str]], texts: Texts, hashes: Mapping[str, str]
-) -> tuple[list[str], list[str]]:
-    """(metadata folders whose files another one has replaced, groups where that cannot be told).
+class Judged(NamedTuple):
+    """strays: metadata folders whose files another one has replaced. overwritten: those of them that are
+    required all the same. unclear: groups where that cannot be told."""
 
-    hashes: file in site-packages to its SHA-256, of every file that a RECORD of the groups lists.
-    """
+    strays: tuple[str, ...]
+    overwritten: tuple[str, ...]
+    unclear: tuple[str, ...]
+
+
+def judge(groups: Iterable[list[str]], texts: Texts, hashes: Mapping[str, str]) -> Judged:
+    """Whose the files are. hashes: file in site-packages to its SHA-256, of every file that a RECORD of the
+    groups lists."""
     strays: list[str] = []
+    overwritten: list[str] = []
     unclear: list[str] = []
-    needed = set(_required_names(texts))
+    requires = requirements(texts)
     for group in groups:
         names = {of_metadata(folder)[0] for folder in group}
         whole = [folder for folder in group if _is_whole(texts.get(folder, {}), hashes)]
         if len(names) > 1 and len(whole) == len(group):
             continue  # of one family, but with files of different names
-        others = [folder for folder in group if folder not in whole]
-        lost = len(names) > 1 and any(of_metadata(folder)[0] in needed for folder in others)
-        if len(whole) != 1 or lost:
-            unclear.append(" and ".join(group))
+        needed = required_of(names, requires) if len(names) > 1 else set()
+        wanted = [folder for folder in group if of_metadata(folder)[0] in needed or not needed]
+        right = [folder for folder in wanted if folder in whole]
+        if len(right) == 1 and len(needed) <= 1:
+            strays += [folder for folder in group if folder not in right]
+        elif needed and len(wanted) == 1:
+            strays += group
+            overwritten += wanted
         else:
-            strays += others
-    return strays, unclear
+            unclear.append(" and ".join(group))
+    return Judged(tuple(strays), tuple(overwritten), tuple(unclear))
+
+
+def required_of(names: Collection[str], requires: Mapping[str, Iterable[str]]) -> set[str]:
+    """Those of the distributions that torch requires, or where it requires none, that others do.
+
+    requires: metadata folder to what its distribution requires.
+    """
+    own = [texts for folder, texts in requires.items() if of_metadata(folder)[0] == "torch"]
+    for group in (own, requires.values()):
+        if found := {name for texts in group for name in _names(texts)}.intersection(names):
+            return found
+    return set()
+
+
+def family(name: str) -> str:
+    """What two distributions share of which one may write the other's files; its own name for most."""
+    found = FAMILY.fullmatch(name)
+    return f"nvidia {found['library']}" if found else name
 
 
 def _is_whole(files: Mapping[str, str], hashes: Mapping[str, str]) -> bool:
@@ -159,10 +187,7 @@ def _is_whole(files: Mapping[str, str], hashes: Mapping[str, str]) -> bool:
     return bool(own) and all(hashes.get(path) == digest for path, digest in own.items())
 
 
-def _required_names(texts: Texts) -> Iterator[str]:
-    for required in requirements(texts).values():
-        for text in required:
-            try:
-                yield normal_name(Requirement(text).name)
-            except InvalidRequirement:
-                continue
+def _names(requirements: Iterable[str]) -> Iterator[str]:
+    for text in requirements:
+        with suppress(InvalidRequirement):
+            yield normal_name(Requirement(text).name)

@@ -14,6 +14,7 @@ from roles.environment import parcel, sources
 from roles.environment.archive import Archive, ArchiveProblem
 from roles.environment.fit import PROBE, Offer, offer
 from roles.environment.parcel import Parcel
+from roles.environment.pinned import incomplete
 from roles.environment.prove import PROOF, STAMP
 from roles.environment.spec import HOME_OF_ENVIRONMENTS, Declared, Environments
 from roles.storage.spec import depot
@@ -43,6 +44,7 @@ class Seen:
     where a link of ours leads instead.
     fresh: trees beside the prefix that a broken-off change left, with their stamps (empty: half).
     kept: text of the stamp of the earlier tree that is kept beside it (empty: none in it); None without one.
+    incomplete: what replaces some of the archive's distributions is still to be installed.
     """
 
     tree: Tree = "absent"
@@ -56,6 +58,7 @@ class Seen:
     links: Mapping[str, str] = field(default_factory=dict)
     fresh: Mapping[str, str] = field(default_factory=dict)
     kept: str | None = None
+    incomplete: bool = False
 
     @property
     def facts(self) -> Mapping[str, str]:
@@ -136,6 +139,8 @@ def _probe_one(one: Declared, archive: Archive | None) -> str:
         if home
         else ""
     )
+    condition = incomplete(one, archive)
+    unfinished = f"if {condition}; then echo incomplete; fi\n" if condition else ""
     commands = " ".join(map(quote, [*one.spec.commands, *one.optional]))
     links = " ".join(map(quote, one.linked))
     if one.on_path:
@@ -144,7 +149,7 @@ def _probe_one(one: Declared, archive: Archive | None) -> str:
         f"P={quote(one.prefix)}\nprintf 'environment %s\\n' {quote(one.name)}\n"
         'if [ -d "$P" ]; then echo "tree directory"\n'
         'elif [ -e "$P" ] || [ -L "$P" ]; then echo "tree file"; fi\n'
-        f"{STAMPS}{DISTRIBUTIONS}{borrowed}"
+        f"{STAMPS}{DISTRIBUTIONS}{borrowed}{unfinished}"
         'if [ -x "$P/bin/python" ]; then stat -L -c "interpreter %s %Y" "$P/bin/python" || exit 1; fi\n'
         f"for c in {commands}; do f=$P/bin/$c\n"
         '  if [ -f "$f" ]; then\n'
@@ -208,6 +213,8 @@ def _note(now: dict[str, Any], word: str, value: str) -> None:
         now["stamp"] = value
     elif word == PROOF:
         now["proof"] = value
+    elif word == "incomplete":
+        now[word] = True
     elif word == "d":
         now["distributions"].add(value)
     elif word == "command":

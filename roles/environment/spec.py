@@ -204,11 +204,6 @@ class Declared:
     on_path: bool
 
     @property
-    def replaced(self) -> list[str]:
-        """Normal names of the distributions that are not the archive's: pinned or editable."""
-        return sorted(map(normal_name, [*self.spec.pins, *self.spec.editable]))
-
-    @property
     def accepted(self) -> set[tuple[str, str]]:
         """(distribution, what may stay wrong with it), by normal names."""
         return {

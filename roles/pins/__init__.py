@@ -1,6 +1,7 @@
 """pins: exact versions of single distributions in an environment, put there from offline wheels or an index.
 
-The pins stand in the section ``environments``. torch is never among them. A pin that would break what
+The pins stand in the section ``environments``. torch is never among them. What the archive requires and
+has lost to another distribution's files (nvidia-nccl-cu12 to -cu11) counts as pinned. A pin that would break what
 another distribution requires is refused before anything is changed; afterwards, the requirements of all
 distributions are checked in the environment itself.
 """

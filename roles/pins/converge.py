@@ -70,20 +70,28 @@ def install(
     pip: the wheel that it runs from. folders: where the pins' wheels lie; empty for an index.
     may_stay: (distribution, what it requires) that need not be met.
     """
-    twice = any(wrong.twice for wrong in found)
-    # pip takes out only what has a record of its files, and cannot tell two records apart.
-    unclear = _folders(site, [wrong for wrong in found if wrong.twice])
+    # pip takes out only what has a record of its files, and cannot tell two records apart. What comes last has
+    # none until it is there: after a failure before that, nothing takes it for right.
+    unclear = _folders(site, [wrong for wrong in found if wrong.twice or wrong.last])
     before = f"rm -rf -- {unclear}\n" if unclear else ""
-    replaced = _folders(site, found)
+    replaced = _folders(site, [wrong for wrong in found if not wrong.last])
     before += (
         f'for d in {replaced}; do [ -f "$d/RECORD" ] || rm -rf "$d"; done\n' if replaced else ""
     )
     after = f"rm -rf -- {replaced}\n" if replaced else ""
-    wanted = " ".join(quote(f"{wrong.name}=={wrong.version}") for wrong in found)
-    fetched = "" if folders else _fetch(one, pip, wanted, may_stay)
+    fetched = "" if folders else _fetch(one, pip, _words(found), may_stay)
     places = " ".join(f"--find-links {quote(folder)}" for folder in folders) or '--find-links "$T"'
-    arguments = f"{'--force-reinstall ' if twice else ''}--no-index {places} {wanted}"
-    return fetched + pip_install(one.prefix, pip, arguments, before, after)
+    commands = []
+    for last in (False, True):
+        if now := [wrong for wrong in found if wrong.last is last]:
+            force = "--force-reinstall " if any(wrong.twice for wrong in now) else ""
+            commands.append(f"{force}--no-index {places} {_words(now)}")
+    return fetched + pip_install(one.prefix, pip, commands, before, after)
+
+
+def _words(found: Sequence[Wrong]) -> str:
+    """Names and versions for pip, as words of the shell."""
+    return " ".join(quote(f"{wrong.name}=={wrong.version}") for wrong in found)
 
 
 def _fetch(one: Declared, pip: str, wanted: str, may_stay: Sequence[tuple[str, str]]) -> str:

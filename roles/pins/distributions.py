@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-from packaging.version import InvalidVersion, Version
-
 from roles.environment.spec import normal_name, of_metadata
 
 
@@ -16,19 +14,6 @@ def installed(folders: Iterable[str]) -> Mapping[str, list[str]]:
     for folder in sorted(folders):
         found.setdefault(of_metadata(folder)[0], []).append(folder)
     return found
-
-
-def meets(version: str, pin: str) -> bool:
-    """Whether an installed version is the pinned one: 3.20 is 3.20.0, and 2.6.0+cpu meets 2.6.0.
-
-    A pin with a local part is met by that one alone.
-    """
-    version, pin = version.replace("_", "+", 1), pin.strip()
-    try:
-        have, want = Version(version), Version(pin)
-    except InvalidVersion:
-        return version == pin
-    return have == want or (want.local is None and Version(have.public) == want)
 
 
 def of_wheel(file: str) -> tuple[str, str, str] | None:

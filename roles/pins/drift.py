@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 from inventory.sentences import nearest
 from roles.core.role import Finding, Peers, Target
 from roles.environment.archive import Archive
+from roles.environment.metadata import family, required_of
 from roles.environment.parcel import Parcel
+from roles.environment.pinned import meets, pinned
 from roles.environment.probe import archive_of
 from roles.environment.spec import Declared, Environments, normal_name, of_metadata
-from roles.pins.distributions import installed, meets
+from roles.pins.distributions import installed
 from roles.pins.probe import PinsState, Site
-from roles.pins.requirements import acceptance, conflicts, is_accepted, of_the_archive
+from roles.pins.requirements import acceptance, conflicts, is_accepted, of_the_archive, suits
 from roles.pins.wheels import WheelProblem, pip_wheel, wheels_of
 
 
 @dataclass(frozen=True)
 class Wrong:
-    """One pin that is not met.
+    """One distribution that is to be installed.
 
     folders: its metadata that must go. twice: there is more than one, so pip could not tell which
-    files are whose. wheels: what it is installed from;
-    empty for an index.
+    files are whose. wheels: what it is installed from; empty for an index. last: after all others.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Wrong:
     twice: bool
     wheels: tuple[Parcel, ...]
     finding: Finding
+    last: bool = False
 
 
 def drift(target: Target[Environments], state: PinsState, peers: Peers) -> list[Finding]:
@@ -55,19 +57,36 @@ def _findings(target: Target[Environments], state: PinsState, one: Declared) -> 
 
 def _unclear(one: Declared, archive: Archive) -> Iterator[Finding]:
     """Records that claim the same files. Of a pinned distribution all go, and it is installed again."""
-    pinned = {normal_name(name) for name in one.spec.pins}
+    declared = {normal_name(name) for name in one.spec.pins}
     for group in archive.unclear:
-        names = {of_metadata(folder)[0] for folder in group.split(" and ")}
-        if names <= pinned:
+        folders = group.split(" and ")
+        names = sorted({of_metadata(folder)[0] for folder in folders})
+        if len(names) == 1 and names[0] in declared:
             continue
         yield Finding(
             "archive-duplicate",
-            f"one record of the files of {' and '.join(sorted(names))} in the archive of {one.name}",
+            f"one record of the files of {' and '.join(names)} in the archive of {one.name}",
             f"{group}, and the files are those of neither",
-            f"before packing it, uninstall {' and '.join(sorted(names))} there until pip finds none, "
-            "then install the one that torch or the others require",
+            _way_out(one, archive, names, folders),
             repairable=False,
         )
+
+
+def _way_out(one: Declared, archive: Archive, names: list[str], folders: list[str]) -> str:
+    """What the user does about records of which none holds."""
+    name, *others = names
+    versions = [of_metadata(folder)[1].replace("_", "+", 1) for folder in folders]
+    if others:
+        right = "the one that is needed, alone"
+    else:
+        required = [version for version in versions if suits(archive, name, version)] or versions
+        right = " or ".join(f"{name}=={version}" for version in required)
+        if name != "torch":
+            return f"pin it, and it is installed again: environments.{one.name}.pins: {{{name}: VERSION}}, as for {right}"
+    return (
+        f"in the environment that was packed, run 'python -m pip uninstall -y {' '.join(names)}' until it finds none, "
+        f"then 'python -m pip install --no-deps' with {right}, and pack it again"
+    )
 
 
 def _refused(
@@ -164,26 +183,74 @@ def unmet_of(state: PinsState) -> str | None:
 
 
 def wrongs(target: Target[Environments], state: PinsState, one: Declared) -> Iterator[Wrong]:
-    """The pins of one environment that are not met."""
+    """What of one environment is to be installed, in that order."""
     site = state.environments.get(one.name, Site())
-    present = installed(site.folders)
-    for name, pin in one.spec.pins.items():
-        found = _difference(name, pin, present)
-        if found is None:
-            continue
-        id, seen, folders = found
-        wheels: tuple[Parcel, ...] = ()
-        described = f"{name} {pin} in {one.prefix}"
-        finding = Finding(id, described, seen, "it is installed, with nothing else", disturbs=True)
+    archive = archive_of(target.cluster, one)
+    versions, present = pinned(one, archive), installed(site.folders)
+    found = {}
+    for name, version in versions.items():
+        if different := _difference(name, version, present):
+            found[name] = version, *different
+    last = _last(versions, present, found, archive)
+    for name, rivals in last.items():
+        if name not in found and name in present:
+            version = versions.get(name, of_metadata(present[name][0])[1])
+            seen = f"{' and '.join(rivals)}, which {'has' if len(rivals) == 1 else 'have'} the same files, to be installed"
+            found[name] = version, "pin-version", seen, tuple(present[name])
+    wheels, problems = {}, {}
+    for name, (version, *_) in found.items():
         try:
             if site.path:
                 pip_wheel(site.python)
             if one.spec.wheels is not None:
-                wheels = tuple(wheels_of(target.cluster, one, name, site.python))
+                wheels[name] = wheels_of(target.cluster, one, name, version, site.python)
         except WheelProblem as error:
-            fix = f"put the wheel there, or correct environments.{one.name}.pins; {error}"
-            finding = Finding("pin-wheel", described, seen, fix, repairable=False)
-        yield Wrong(name, pin, folders, id == "pin-duplicate", wheels, finding)
+            problems[name] = (
+                f"put the wheel there, or correct environments.{one.name}.pins; {error}"
+            )
+    for name, rivals in last.items():
+        if name in problems:
+            problems.update(dict.fromkeys(rivals, f"{name} must follow it: {problems[name]}"))
+    for name in sorted(found, key=last.__contains__):
+        version, id, seen, folders = found[name]
+        finding = _finding(one, name, version, id, seen)
+        if name in problems:
+            fix = problems[name]
+            finding = replace(finding, id="pin-wheel", fix=fix, repairable=False, disturbs=False)
+        given = tuple(wheels.get(name, ()))
+        yield Wrong(name, version, folders, id == "pin-duplicate", given, finding, name in last)
+
+
+def _finding(one: Declared, name: str, version: str, id: str, seen: str) -> Finding:
+    described, fix = f"{name} {version} in {one.prefix}", "it is installed, with nothing else"
+    if normal_name(name) in map(normal_name, one.spec.pins):
+        return Finding(id, described, seen, fix, disturbs=True)
+    described += ", which is required, and whose files another distribution has replaced"
+    if one.spec.wheels is None and one.spec.index is None:
+        fix = (
+            f"have its wheel in a directory on the control machine (pip download --no-deps {name}=={version}) "
+            f"and name that as environments.{one.name}.wheels, or name an index"
+        )
+        return Finding("archive-duplicate", described, seen, fix, repairable=False)
+    return Finding("archive-duplicate", described, seen, fix, disturbs=True)
+
+
+def _last(
+    versions: Mapping[str, str],
+    present: Mapping[str, list[str]],
+    found: Iterable[str],
+    archive: Archive | None,
+) -> dict[str, list[str]]:
+    """Distributions that must be installed after others, which write files of the same names: to these others."""
+    last: dict[str, list[str]] = {}
+    spelt = {normal_name(name): name for name in [*present, *versions]}
+    for rival in found:
+        shared = family(normal_name(rival))
+        members = {name for name in spelt if family(name) == shared}
+        needed = required_of(members, archive.requires) if archive and len(members) > 1 else set()
+        if len(needed) == 1 and normal_name(rival) not in needed:
+            last.setdefault(spelt[needed.pop()], []).append(rival)
+    return last
 
 
 def _difference(

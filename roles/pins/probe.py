@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from roles.core.role import Target, Unreadable, whole
 from roles.core.steps import quote
 from roles.environment import parcel
+from roles.environment.pinned import pinned
 from roles.environment.probe import DISTRIBUTIONS, archive_of, stamp_values
 from roles.environment.spec import Environments
 from roles.pins.prove import CHECKED, STAMP, Unmet, key
@@ -73,9 +74,9 @@ def probe(target: Target[Environments]) -> str:
             with suppress(WheelProblem):
                 parcels.append(pip_wheel(archive.python))
         if one.spec.wheels is not None:
-            for name in one.spec.pins:
+            for name, version in pinned(one, archive).items():
                 with suppress(WheelProblem):  # a finding says so
-                    parcels += wheels_of(target.cluster, one, name, "")
+                    parcels += wheels_of(target.cluster, one, name, version, "")
     return "".join([*parts, parcel.probe(parcels, target.cluster), "echo end\n"])
 
 

@@ -7,6 +7,7 @@ from functools import cache
 
 from inventory.cluster import Cluster
 from roles.environment.archive import Archive
+from roles.environment.pinned import pinned
 from roles.environment.spec import Declared, normal_name, of_metadata
 from roles.pins.distributions import of_wheel
 from roles.pins.prove import Installed, Unmet, unmet
@@ -29,17 +30,16 @@ def with_pins(cluster: Cluster, one: Declared, archive: Archive) -> dict[str, In
     What a pin from an index requires is not known here: it is judged on the node, before it is installed.
     """
     found = of_archive(archive)
-    for name, pin in one.spec.pins.items():
-        version = pin
+    for name, version in pinned(one, archive).items():
         required: tuple[str, ...] = ()
         if one.spec.wheels is not None:
             try:
-                wheel = wheels_of(cluster, one, name, archive.python)[0].source
+                wheel = wheels_of(cluster, one, name, version, archive.python)[0].source
                 required = requirements_of(wheel)
             except WheelProblem:  # a finding of its own
                 continue
             parts = of_wheel(wheel.name)
-            version = parts[1] if parts else pin
+            version = parts[1] if parts else version
         found[normal_name(name)] = Installed(version, required)
     return found
 
@@ -77,6 +77,12 @@ def _judged(
 def of_the_archive(archive: Archive, machine: str) -> tuple[Unmet, ...]:
     """Requirements that the archive itself does not meet: nobody's pin is to blame."""
     return unmet_on(archive, machine, of_archive(archive))
+
+
+def suits(archive: Archive, name: str, version: str) -> bool:
+    """Whether all distributions of the archive would take that version. name: a normal one."""
+    there = {**of_archive(archive), name: Installed(version, ())}
+    return all(each.required != name for each in unmet_on(archive, "", there))
 
 
 def conflicts(cluster: Cluster, one: Declared, archive: Archive, machine: str) -> list[Unmet]:

@@ -14,22 +14,25 @@ from virtualenv.seed.wheels.embed import get_embed_wheel
 
 from inventory.cluster import Cluster
 from roles.environment.parcel import Parcel
+from roles.environment.pinned import meets
 from roles.environment.spec import Declared, normal_name
-from roles.pins.distributions import fits, meets, of_wheel
+from roles.pins.distributions import fits, of_wheel
 
 
 class WheelProblem(Exception):
-    """A pin has no wheel; the message is one sentence."""
+    """A distribution has no wheel; the message is one sentence."""
 
 
-def wheels_of(cluster: Cluster, one: Declared, name: str, python: str) -> list[Parcel]:
-    """The wheels of one pin that fit the environment's Python; pip takes the one of its platform.
+def wheels_of(
+    cluster: Cluster, one: Declared, name: str, version: str, python: str
+) -> list[Parcel]:
+    """The wheels of one distribution that fit the environment's Python; pip takes the one of its platform.
 
     python: major.minor; empty where it is not known, and then every wheel of that version is taken.
     Raises WheelProblem when there is none.
     """
     assert one.spec.wheels is not None
-    folder, pin = cluster.at_hand(one.spec.wheels), one.spec.pins[name]
+    folder = cluster.at_hand(one.spec.wheels)
     try:
         files = sorted(folder.iterdir())
     except OSError as error:
@@ -37,14 +40,16 @@ def wheels_of(cluster: Cluster, one: Declared, name: str, python: str) -> list[P
     right = []
     for file in files:
         parts = of_wheel(file.name)
-        if parts and parts[0] == normal_name(name) and meets(parts[1], pin):
+        if parts and parts[0] == normal_name(name) and meets(parts[1], version):
             right.append((file, parts[2]))
     if not right:
-        raise WheelProblem(f"{folder} has no wheel of {name} {pin}")
+        raise WheelProblem(f"{folder} has no wheel of {name} {version}")
     fitting = [file for file, tags in right if not python or fits(tags, python)]
     if not fitting:
         names = ", ".join(file.name for file, _ in right)
-        raise WheelProblem(f"no wheel of {name} {pin} in {folder} is for Python {python}: {names}")
+        raise WheelProblem(
+            f"no wheel of {name} {version} in {folder} is for Python {python}: {names}"
+        )
     return [_parcel(file) for file in fitting]
 
 

@@ -262,7 +262,7 @@ def test_the_file_of_the_bundle_uses_what_it_holds_and_finds_what_it_does_not(
 ) -> None:
     cluster = cluster_in(tmp_path)
     files = {"main": "environments/main/main.tar", "other": "environments/other/other.tar"}
-    text = rewritten(cluster.path, yaml.safe_load(CLUSTER), files, {}, job=False)
+    text = rewritten(cluster.path, yaml.safe_load(CLUSTER), files, ["main"], {}, job=False)
     folder = tmp_path / "bundle"
     folder.mkdir()
     filled(folder, "packages/debian-12-x86_64/Packages")
@@ -285,7 +285,7 @@ def test_what_nodes_are_to_have_alike_is_found_from_the_bundle_too(tmp_path: Pat
     text = CLUSTER.replace("{kind: existing, path: /data}", own)
     (tmp_path / "own.yaml").write_text(text)
     cluster = registry.read(tmp_path / "own.yaml")
-    made = yaml.safe_load(rewritten(cluster.path, yaml.safe_load(text), {}, {}, job=False))
+    made = yaml.safe_load(rewritten(cluster.path, yaml.safe_load(text), {}, [], {}, job=False))
     assert made["storage"]["sync"] == {
         "a": {"from": str(tmp_path / "words")},
         "b": {"from": "~/words"},
@@ -431,12 +431,14 @@ def test_a_wheel_that_the_oldest_node_cannot_install_is_not_taken(tmp_path: Path
             )
             made.writestr("x-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\n")
 
+    archive = Archive("ab" * 32, 1, "tar", "", "3.11", "bin/python3", None)
+
     def gathered(glibc: str, *offered: str) -> tuple[int, list[str]]:
         links = [f'<a href="{name}">{name}</a>' for name in offered]
         (index / "index.html").write_text("\n".join(links))
         store = Store(tmp_path / "bundle")
         store.begin()
-        fresh = wheels.gather(store, cluster, section.each()[0], "3.11", {"x86_64": glibc})
+        fresh = wheels.gather(store, cluster, section.each()[0], archive, {"x86_64": glibc})
         store.close()
         return fresh, [path.name for path in (tmp_path / "bundle/wheels/main").iterdir()]
 
@@ -451,6 +453,27 @@ def test_a_wheel_that_the_oldest_node_cannot_install_is_not_taken(tmp_path: Path
         BundleError, match=r"x==1.0 for Python 3.11 on x86_64 with glibc 2.27: .*No match"
     ):
         gathered("2.27", names[1])
+
+
+def test_wheels_of_what_the_archive_lost_are_gathered_too(tmp_path: Path) -> None:
+    lost = Archive(
+        "ab" * 32, 1, "tar", "", "3.11", "bin/python3", None, overwritten=("six-1.16.0.dist-info",)
+    )
+    (tmp_path / "six-1.16.0-py3-none-any.whl").write_text("six")
+    text = CLUSTER.replace(
+        'pins: {protobuf: "3.20"}, index: "https://pypi.example/simple"', "wheels: ."
+    )
+    cluster_in(tmp_path)
+    (tmp_path / "cluster.yaml").write_text(text)
+    section = registry.read(tmp_path / "cluster.yaml").section("environments", Environments)
+    assert section is not None
+    cluster, (main, other) = registry.read(tmp_path / "cluster.yaml"), section.each()
+    (tmp_path / "bundle").mkdir()
+    store = Store(tmp_path / "bundle")
+    assert wheels.gather(store, cluster, main, lost, {"x86_64": "2.17"}) == 1
+    assert (store.holds("wheels/main/"), store.holds("wheels/other/")) == (True, False)
+    with pytest.raises(BundleError, match=r"other: six 1\.16\.0 is to be installed again: name"):
+        wheels.gather(store, cluster, other, lost, {"x86_64": "2.17"})
 
 
 @pytest.mark.parametrize(

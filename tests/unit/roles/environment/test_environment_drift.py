@@ -72,7 +72,7 @@ def describing(monkeypatch: pytest.MonkeyPatch, found: Archive | ArchiveProblem)
 def right() -> Seen:
     stamp = wanted_stamp(ONE, ARCHIVE)
     folders = frozenset({"torch-2.13.0+cpu.dist-info"})
-    key = prove.key(stamp, sorted(folders), "100 200", wanted_proof(ONE))
+    key = prove.key(stamp, sorted(folders), "100 200", wanted_proof(ONE, ARCHIVE))
     script = f"#!{PREFIX}/bin/python"
     return Seen(
         tree="directory",
@@ -359,7 +359,9 @@ def test_a_pin_that_is_not_met_any_more_is_no_matter_of_the_environments_proof()
     )
     (one,) = section.each()
     seen, met = right(), "protobuf-3.20.3.dist-info"
-    key = prove.key(seen.stamp, [*seen.distributions, met], seen.interpreter, wanted_proof(one))
+    key = prove.key(
+        seen.stamp, [*seen.distributions, met], seen.interpreter, wanted_proof(one, ARCHIVE)
+    )
     proof = json.dumps({"archive": ARCHIVE.sha256, "ok": True, "key": key, "pinned": [met]})
     for there in ([met], ["protobuf-5.29.dist-info"], [met, "protobuf-5.29.dist-info"], []):
         folders = frozenset({*seen.distributions, *there})

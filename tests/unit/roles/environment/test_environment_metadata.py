@@ -170,12 +170,34 @@ def test_a_second_nccl_whose_library_was_replaced_goes(tmp_path: Path) -> None:
     assert found.unclear == ()
 
 
-def test_a_second_nccl_that_replaced_the_required_library_is_said(tmp_path: Path) -> None:
-    found = packed(tmp_path, *two_nccl("nvidia-nccl-cu12==2.21.5", "2.14"))
-    assert found.strays == ()
-    assert found.unclear == (
-        "nvidia_nccl_cu11-2.14.3.dist-info and nvidia_nccl_cu12-2.21.5.dist-info",
-    )
+CU11, CU12 = "nvidia_nccl_cu11-2.14.3.dist-info", "nvidia_nccl_cu12-2.21.5.dist-info"
+
+
+@pytest.mark.parametrize("there", ["2.14", "of neither"])
+def test_a_required_nccl_whose_library_was_replaced_is_to_be_installed_again(
+    tmp_path: Path, there: str
+) -> None:
+    found = packed(tmp_path, *two_nccl("nvidia-nccl-cu12==2.21.5", there))
+    assert found.strays == (CU11, CU12)  # neither record is unpacked
+    assert found.overwritten == (CU12,) and found.unclear == ()
+    assert found.distributions == (CU12, "torch-2.6.0.dist-info")
+
+
+@pytest.mark.parametrize(
+    ("torch", "other", "overwritten", "unclear"),
+    [
+        ("nvidia-nccl-cu12", "nvidia-nccl-cu11", (CU12,), ()),  # torch decides
+        ("sympy", "nvidia-nccl-cu12; python_version > '3'", (CU12,), ()),
+        ("nvidia-nccl-cu11", "nvidia-nccl-cu12", (), ()),
+        ("nvidia-nccl-cu11\nRequires-Dist: nvidia-nccl-cu12", "x", (), (f"{CU11} and {CU12}",)),
+    ],
+)
+def test_whose_the_library_is_to_be_torch_says_or_else_the_others(
+    tmp_path: Path, torch: str, other: str, overwritten: tuple[str, ...], unclear: tuple[str, ...]
+) -> None:
+    more = ("a-1.dist-info/METADATA", f"Name: a\nRequires-Dist: {other}\n")
+    found = packed(tmp_path, *two_nccl(torch, "2.14"), more)
+    assert (found.overwritten, found.unclear) == (overwritten, unclear)
 
 
 def test_libraries_of_two_cuda_versions_with_files_of_their_own_stay(tmp_path: Path) -> None:
@@ -191,8 +213,8 @@ def test_libraries_of_two_cuda_versions_with_files_of_their_own_stay(tmp_path: P
 
 def test_all_of_it_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(archive, "state_directory", lambda: tmp_path / "state")
-    fresh = packed(tmp_path, *two_nccl("nvidia-nccl-cu12", "2.21"), ("a.egg-link", f"{LOST}\n"))
-    assert fresh.editables and fresh.requires and fresh.strays
+    fresh = packed(tmp_path, *two_nccl("nvidia-nccl-cu12", "2.14"), ("a.egg-link", f"{LOST}\n"))
+    assert fresh.editables and fresh.requires and fresh.strays and fresh.overwritten
     assert describe(tmp_path / "a.tar") == fresh
     archive._known.clear()  # as in the next run
     assert describe(tmp_path / "a.tar") == fresh

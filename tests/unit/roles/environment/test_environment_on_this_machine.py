@@ -741,6 +741,35 @@ def test_a_pin_is_installed_from_its_wheel_without_pip_in_the_environment(right:
     assert right.converge(pins.role) == ""
 
 
+@pytest.mark.parametrize(("name", "version"), [("greeting", "1.1"), ("more_words", "1.0")])
+def test_what_a_pin_brings_is_proved_when_it_is_there(
+    machine: Machine, name: str, version: str
+) -> None:
+    """The archive alone does not import: its distribution is replaced, or the pin adds one."""
+    (machine.root / "wheels").mkdir()
+    files = {f"{module}.py": "" for module in ("greeting", "words")}
+    wheel(machine.root / "wheels", name, version, files)
+    machine.entry |= {"pins": {name: version}, "wheels": "wheels", "imports": ["words"]}
+    machine.settle()
+    assert not (machine.prefix / ".lockstep-proof.json").exists()
+    assert machine.ids(pins.role) == ["pin-version"]
+    machine.settle(pins.role)
+    assert machine.ids() == [] and facts_of(machine)["environment hash"]
+    (machine.prefix / ".lockstep-proof.json").unlink()
+    assert machine.ids() == ["environment-unproved"]
+    machine.entry["imports"] = ["no_such_module"]
+    assert machine.converge().startswith("environment-import\t")
+
+
+def test_what_an_editable_package_brings_is_proved_when_it_is_there(machine: Machine) -> None:
+    machine.entry |= {"editable": {"More.Words": "source"}, "imports": ["words"]}
+    machine.settle()
+    (machine.prefix / ".lockstep-src").mkdir()
+    (machine.prefix / ".lockstep-src/.more-words.json").touch()
+    assert machine.ids() == ["environment-unproved"]
+    assert machine.converge().startswith("environment-import\t")
+
+
 def test_two_versions_at_once_are_made_one(right: Machine) -> None:
     pinned(right).settle(pins.role)
     (right.site / "greeting-0.9.dist-info").mkdir()

@@ -19,10 +19,11 @@ from roles.core.steps import Shell, Upload
 from roles.environment import parcel
 from roles.environment.archive import Archive
 from roles.environment.parcel import LOCAL
+from roles.environment.pinned import meets
 from roles.environment.spec import Environments, of_metadata
 from roles.pins import requirements
 from roles.pins.converge import _check, converge
-from roles.pins.distributions import fits, meets, of_wheel
+from roles.pins.distributions import fits, of_wheel
 from roles.pins.drift import drift, remarks, unmet_of
 from roles.pins.probe import PinsState, Site, parse
 from roles.pins.prove import CHECKED, STAMP, key
@@ -59,8 +60,8 @@ def target(tmp_path: Path, **versions: str) -> Target[Environments]:
     return of({"wheels": str(tmp_path), "pins": versions})
 
 
-def wheel(folder: Path, name: str, *requires: str) -> None:
-    """A wheel of that file name, which requires these."""
+def wheel(folder: Path, name: str, *requires: str, **files: str) -> None:
+    """A wheel of that file name, which requires these, and holds modules of these texts."""
     with zipfile.ZipFile(folder / name, "w") as made:
         lines = "".join(f"Requires-Dist: {one}\n" for one in requires)
         distribution, version = name.split("-")[:2]
@@ -72,6 +73,8 @@ def wheel(folder: Path, name: str, *requires: str) -> None:
         made.writestr(
             f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
         )
+        for file, text in files.items():
+            made.writestr(f"{file}.py", text)
         made.writestr(f"{info}/RECORD", "")
 
 
@@ -424,6 +427,119 @@ def test_a_missing_or_stale_check_is_done_again(checked: str) -> None:
     assert isinstance(upload, Upload) and Path(upload.destination).name.startswith("pip-")
 
 
+UNPACKED = ("torch-2.6.0.dist-info", "nvidia_nccl_cu12-2.21.5.dist-info")
+OVERWRITTEN = {
+    "distributions": UNPACKED,
+    "requires": {"torch-2.6.0.dist-info": ["nvidia-nccl-cu12==2.21.5; platform_system == 'Linux'"]},
+    "strays": ("nvidia_nccl_cu11-2.14.3.dist-info", "nvidia_nccl_cu12-2.21.5.dist-info"),
+    "overwritten": ("nvidia_nccl_cu12-2.21.5.dist-info",),
+}
+BOTH = {"nvidia-nccl-cu11": "2.14.3", "nvidia-nccl-cu12": "2.21.5"}
+
+
+@pytest.mark.parametrize(
+    ("entry", "repairable", "words"),
+    [
+        ({}, False, "pip download --no-deps nvidia-nccl-cu12==2.21.5"),
+        ({"wheels": "FOLDER"}, False, "has no wheel of nvidia-nccl-cu12 2.21.5"),
+        ({"index": "https://mirror.example"}, True, "it is installed"),
+    ],
+)
+def test_a_required_library_that_another_one_replaced_is_installed_again_where_it_can_be_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entry: Any, repairable: bool, words: str
+) -> None:
+    describing(monkeypatch, **OVERWRITTEN)
+    where = of({key: tmp_path if value == "FOLDER" else value for key, value in entry.items()})
+    finding = only(drift(where, state("torch-2.6.0.dist-info"), {}))
+    assert finding.want.startswith("nvidia-nccl-cu12 2.21.5 in /opt/lockstep/envs/llm, which is")
+    assert (finding.repairable, finding.seen) == (repairable, "not installed")
+    assert words in finding.fix
+    assert drift(where, state(*UNPACKED), {}) == [] and not list(remarks(where, state(), {}, False))
+
+
+def installed_by(
+    where: Target[Environments], venv: Path, site: Path, node: Path
+) -> list[subprocess.CompletedProcess[str]]:
+    """The steps themselves, on an environment of this machine."""
+    folders = frozenset(path.name for path in site.glob("*.dist-info"))
+    before = PinsState({"llm": Site(str(site), folders)}, frozenset(), "x86_64")
+    found = [each for each in drift(where, before, {}) if each.id != "requirements-unchecked"]
+    done = []
+    for step in converge(where, before, {}, found) if found else ():
+        if isinstance(step, Upload):
+            place = Path(step.destination.replace(LOCAL, str(node)))
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(step.source.read_bytes())
+        else:
+            assert isinstance(step, Shell)
+            command = ["sh", "-ec", step.command.replace(LOCAL, str(node))]
+            done.append(subprocess.run(command, capture_output=True, text=True))
+    return done
+
+
+@pytest.mark.parametrize(
+    "declared", [BOTH, dict([*BOTH.items()][::-1]), {"nvidia-nccl-cu12": "2.21.5"}]
+)
+def test_of_two_libraries_of_one_name_the_one_that_torch_requires_is_installed_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, declared: dict[str, str]
+) -> None:
+    """By pip, in an environment into which the archive left the wrong one."""
+    describing(monkeypatch, **OVERWRITTEN)
+    venv, wheels = tmp_path / "venv", tmp_path / "wheels"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)
+    [site] = venv.glob("lib/python3*/site-packages")
+    (venv / STAMP).write_text("{}\n")
+    (site / "torch-2.6.0.dist-info").mkdir()
+    (site / "nccl.py").write_text("cu11")
+    wheels.mkdir()
+    for number, version in (("11", "2.14.3"), ("11", "2.15.0"), ("12", "2.21.5")):
+        wheel(wheels, f"nvidia_nccl_cu{number}-{version}-py3-none-any.whl", nccl=f"cu{number}")
+    entry = {"prefix": str(venv), "wheels": str(wheels)}
+
+    def run(**pins: str) -> int:
+        done = installed_by(of({**entry, "pins": pins}), venv, site, tmp_path / "node")
+        assert all(each.returncode == 0 for each in done), [each.stderr for each in done]
+        assert (site / "nccl.py").read_text() == "cu12"
+        return len(done)
+
+    assert (run(**declared), run(**declared)) == (1, 0)
+    if (
+        "nvidia-nccl-cu11" in declared
+    ):  # whoever replaces the other one alone writes its library too
+        changed = {**declared, "nvidia-nccl-cu11": "2.15.0"}
+        assert (run(**changed), run(**changed)) == (1, 0)
+        only_other = {"nvidia-nccl-cu11": "2.14.3"}
+        assert (run(**only_other), run(**only_other)) == (1, 0)
+        # It is no part of this if the last one cannot be had: nothing is installed before it.
+        (wheels / "nvidia_nccl_cu12-2.21.5-py3-none-any.whl").unlink()
+        stuck = of({**entry, "pins": {"nvidia-nccl-cu11": "2.15.0"}})
+        folders = frozenset(path.name for path in site.glob("*.dist-info"))
+        found = drift(
+            stuck, PinsState({"llm": Site(str(site), folders)}, frozenset(), "x86_64"), {}
+        )
+        assert [each.repairable for each in found] == [False, False]
+        assert "nvidia-nccl-cu12 must follow it" in found[0].fix
+        assert installed_by(stuck, venv, site, tmp_path / "node") == []
+
+
+def test_what_must_come_last_has_no_record_until_it_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It fails after the other one has written its library: the next look must not take it for right."""
+    describing(monkeypatch, **OVERWRITTEN)
+    for number, version in (("11", "2.15.0"), ("12", "2.21.5")):
+        wheel(tmp_path, f"nvidia_nccl_cu{number}-{version}-py3-none-any.whl")
+    where = of({"wheels": str(tmp_path), "pins": {**BOTH, "nvidia-nccl-cu11": "2.15.0"}})
+    seen = state(*UNPACKED, "nvidia_nccl_cu11-2.14.3.dist-info")
+    found = drift(where, seen, {})
+    assert [each.want.split()[0] for each in found] == ["nvidia-nccl-cu11", "nvidia-nccl-cu12"]
+    install = list(converge(where, seen, {}, found))[-1]
+    assert isinstance(install, Shell)
+    first, second = install.command.split("nvidia-nccl-cu11==2.15.0", 1)
+    assert f"rm -rf -- {SITE}/{UNPACKED[1]}\n" in first
+    assert "nvidia-nccl-cu12==2.21.5" in second and UNPACKED[1] not in second
+
+
 def test_two_records_of_which_neither_holds_are_the_archives_own_fault(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -432,8 +548,47 @@ def test_two_records_of_which_neither_holds_are_the_archives_own_fault(
     finding = only(drift(of({}), state(), {}))
     assert (finding.id, finding.repairable) == ("archive-duplicate", False)
     assert group in finding.seen
+    assert "environments.llm.pins: {protobuf: VERSION}, as for protobuf==3 or protobuf==4" in (
+        finding.fix
+    )
     again = drift(target(tmp_path, protobuf="3.20.3"), state("protobuf-3.20.3.dist-info"), {})
     assert again == []  # pinned: both go, and it is installed anew
+
+
+@pytest.mark.parametrize(
+    ("folders", "required", "fix"),
+    [
+        (
+            ("torch-2.5.1.dist-info", "torch-2.6.0+cu124.dist-info"),
+            "torch==2.6.0",
+            "'python -m pip uninstall -y torch' until it finds none, then 'python -m pip install --no-deps' "
+            "with torch==2.6.0+cu124, and pack it again",
+        ),
+        (
+            ("torch-2.5.1.dist-info", "torch-2.6.0.dist-info"),
+            "torch>=2",
+            "with torch==2.5.1 or torch==2.6.0, and",
+        ),
+        (
+            ("nvidia_nccl_cu11-2.14.3.dist-info", "nvidia_nccl_cu12-2.21.5.dist-info"),
+            "x",
+            "uninstall -y nvidia-nccl-cu11 nvidia-nccl-cu12' until it finds none, then 'python -m pip install "
+            "--no-deps' with the one that is needed, alone",
+        ),
+    ],
+)
+def test_what_to_do_where_neither_record_holds_and_no_pin_helps_is_said(
+    monkeypatch: pytest.MonkeyPatch, folders: tuple[str, ...], required: str, fix: str
+) -> None:
+    described = {
+        "distributions": ("vision-1.dist-info", *folders),
+        "requires": {"vision-1.dist-info": [required]},
+    }
+    describing(monkeypatch, unclear=(" and ".join(folders),), **described)
+    pins = BOTH if "nccl" in folders[0] else {}  # pinned both, one library still hides the other
+    found = drift(of({"pins": pins, "index": "https://i.example"}), state(*folders), {})
+    duplicate = only([each for each in found if each.id == "archive-duplicate"])
+    assert not duplicate.repairable and fix in duplicate.fix
 
 
 def test_the_check_judges_as_pip_does_in_a_real_environment(tmp_path: Path) -> None:
