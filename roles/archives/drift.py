@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from roles.archives.probe import ArchivesState
-from roles.core.chain import MB
+from roles.core.progress import MB
 from roles.core.role import Finding, Peers, Target
 from roles.environment.archive import Archive
 from roles.environment.fit import misfit

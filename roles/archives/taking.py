@@ -65,10 +65,15 @@ def take(target: Target[Any], one: Declared, place: str, identity: str) -> Itera
 
 
 def _link(place: str, taken: str) -> str:
-    """Shell: the archive under another name, without its bytes twice where the file system can."""
+    """Shell: the archive under another name, without its bytes twice where the file system can.
+
+    All may read it there: root of a node may be nobody on the shared storage. So a private one is copied, and its
+    own mode stays.
+    """
     return (
         f'umask 022\nS={quote(place)} T={quote(taken)}\nmkdir -p "${{T%/*}}"\nrm -f "$T"\n'
-        'ln -L "$S" "$T" 2>/dev/null || cp "$S" "$T"\n'
+        'case $(stat -L -c %A "$S") in ???????r*) ln -L "$S" "$T" 2>/dev/null && exit 0;; esac\n'
+        'cp "$S" "$T" && chmod 0644 "$T" || { rm -f "$T"; exit 1; }\n'
     )
 
 

@@ -8,10 +8,9 @@ before it while that still receives (``relay``). Where no node can give it, the 
 from __future__ import annotations
 
 import socket
-import sys
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 
 from paramiko import SSHException
@@ -19,15 +18,14 @@ from pyinfra.api.host import Host
 
 from inventory.cluster import Node
 from roles.core import relay, session
+from roles.core.progress import Progress
 from roles.core.steps import Upload, quote
 from roles.core.upload import landing
 
 ATTEMPTS = 2
 """A file that arrived with another content begins anew once."""
-CHUNK = 1 << 18
 MOST_GIVERS = 3
 """Nodes that one asks before the control machine sends it: where none may reach another, all would ask all."""
-MB = 1_000_000
 
 
 @dataclass
@@ -49,9 +47,10 @@ class Chain:
     step: Upload
     places: Mapping[str, Node]
     members: list[Member] = field(default_factory=list)
-    _began: float = 0
-    _first: int = 0
-    _said: float = 0
+
+    @cached_property
+    def _progress(self) -> Progress:
+        return Progress(self.step.source.name, self.step.size)
 
     def join(self, node: Host) -> Member:
         """The node comes last; what it asked for earlier no longer counts."""
@@ -67,36 +66,9 @@ class Chain:
 
     def note(self, member: Member, at: int) -> None:
         """The node has so many bytes; says how far the last one is, now and then."""
-        now = time.monotonic()
         member.at = at
         last = min((each for each in self.members if not each.lost), key=lambda each: each.at)
-        if not self._began:
-            self._began = self._said = now
-            self._first = last.at
-        if now - self._said < interval():
-            return
-        self._said = now
-        step, seconds = self.step, now - self._began
-        session.say(last.node, progress(step.source.name, step.size, last.at, self._first, seconds))
-
-
-def interval() -> int:
-    """Seconds from one line about progress to the next."""
-    return 3 if sys.stderr.isatty() else 10
-
-
-def progress(name: str, size: int, at: int, first: int, seconds: float) -> str:
-    """One line: how much of a file, or of many, is there, how fast it comes, how long the rest takes.
-
-    size, at, first: bytes in all, now, and when the clock began to run. seconds: since then.
-    """
-    size = max(size, 1)
-    speed = max(at - first, 0) / seconds
-    left = f"{round((size - at) / speed)} s left" if speed else "standing still"
-    return (
-        f"{name}: {at // MB} of {size // MB} MB ({100 * at // size} %), "
-        f"{speed / MB:.1f} MB/s, {left}"
-    )
+        self._progress.note(last.node, last.at)
 
 
 def upload(node: Host, step: Upload, chain: Chain) -> None:
@@ -153,7 +125,7 @@ def _from_here(step: Upload, chain: Chain, member: Member) -> None:
             grows.set_pipelined(True)
             file.seek(at)
             grows.seek(at)
-            while chunk := file.read(CHUNK):
+            while chunk := file.read(session.CHUNK):
                 grows.write(chunk)
                 at += len(chunk)
                 chain.note(member, at)

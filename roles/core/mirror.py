@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import shlex
-import time
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import PurePosixPath
 
 import gevent
@@ -22,11 +21,10 @@ from roles.core import relay, session
 from roles.core.chain import (
     MOST_GIVERS,
     Chain,
-    interval,
-    progress,
     upload,
 )
 from roles.core.here import run_here
+from roles.core.progress import Progress
 from roles.core.steps import UNATTENDED_SSH, Download, Mirror, Upload, quote
 from roles.core.upload import download, landing
 
@@ -220,7 +218,7 @@ def _bring(
     node: Host, step: Mirror, spread: Spread, refused: set[str | None], size: int
 ) -> str | None:
     """Have the lacking files arrive, from whoever can give them; who it was."""
-    told = _Progress(node, step.name, size)
+    told = Progress(step.name, size)
     if node.name == step.giver:
         command = [*OPTIONS, f"--files-from={step.paths}", f"{step.directory}/"]
         try:
@@ -243,7 +241,7 @@ def _bring(
             spread.release(giver)
 
 
-def _from_here(node: Host, step: Mirror, told: _Progress) -> None:
+def _from_here(node: Host, step: Mirror, told: Progress) -> None:
     """Send it from the control machine. Raises Refused, or NodeFailed where the node is dead."""
     remote = getattr(node.connector, "client", None) is not None
     there = f"{step.landing}/files/"
@@ -252,7 +250,10 @@ def _from_here(node: Host, step: Mirror, told: _Progress) -> None:
         command += ["-s", "-e", _ssh(node)]
         there = f"{node.data.ssh_user}@{bracketed(str(node.data.ssh_hostname))}:{there}"
     try:
-        run_here(("sh", "-c", SEND, "sh", *command, f"{step.directory}/", there), told.line)
+        run_here(
+            ("sh", "-c", SEND, "sh", *command, f"{step.directory}/", there),
+            partial(_note, node, told),
+        )
     except session.NodeFailed as error:
         session.run(node, "true", relay.SECONDS)
         raise relay.Refused(str(error)) from None
@@ -278,7 +279,7 @@ def bracketed(address: str) -> str:
     return f"[{address}]" if ":" in address else address
 
 
-def _from_node(node: Host, step: Mirror, spread: Spread, giver: str, told: _Progress) -> None:
+def _from_node(node: Host, step: Mirror, spread: Spread, giver: str, told: Progress) -> None:
     """Have the node take it from another one. Raises Refused, or NodeFailed where the taker is dead."""
     # Where sudo asks for a password, it reads what the login user may read.
     root = "sudo -n" if spread.places[giver].ssh.sudo is True else ""
@@ -297,7 +298,7 @@ def _from_node(node: Host, step: Mirror, spread: Spread, giver: str, told: _Prog
         )
 
 
-def _taken(node: Host, step: Mirror, told: _Progress, command: str, opening: str = "") -> None:
+def _taken(node: Host, step: Mirror, told: Progress, command: str, opening: str = "") -> None:
     """Run rsync on the node, and see now and then how far it is and that the node still answers.
 
     Raises Refused, or NodeFailed where the node is dead.
@@ -312,29 +313,13 @@ def _taken(node: Host, step: Mirror, told: _Progress, command: str, opening: str
 
     def look() -> None:
         last = f"tail -c 200 {said} 2>/dev/null | tr '\\r' '\\n' | tail -n 1"
-        told.line(session.run(node, last, relay.SECONDS).stdout)
+        _note(node, told, session.run(node, last, relay.SECONDS).stdout)
 
     relay.taken(node, script, SECONDS, look)
 
 
-class _Progress:
-    """Says now and then how far a node is, from the lines that rsync writes about all files (progress2)."""
-
-    def __init__(self, node: Host, name: str, size: int) -> None:
-        self._node, self._name, self._size = node, name, size
-        self._began = self._said = time.monotonic()
-        self._first: int | None = None
-
-    def line(self, text: str) -> None:
-        """One such line; its first word is the number of bytes so far."""
-        words = text.split()
-        if len(words) < 2 or not words[0].isdigit() or not words[1].endswith("%"):
-            return
-        at, now = int(words[0]), time.monotonic()
-        if self._first is None:
-            self._first, self._began = at, now
-        if now - self._said < interval() or now == self._began:
-            return
-        self._said = now
-        seconds = now - self._began
-        session.say(self._node, progress(self._name, max(self._size, at), at, self._first, seconds))
+def _note(node: Host, told: Progress, text: str) -> None:
+    """Note one line that rsync writes about all files (progress2); its first word is the number of bytes so far."""
+    words = text.split()
+    if len(words) >= 2 and words[0].isdigit() and words[1].endswith("%"):
+        told.note(node, int(words[0]))

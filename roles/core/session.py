@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 import shlex
 import socket
+import subprocess
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 
 from paramiko import Channel, SSHException
@@ -31,6 +33,9 @@ What is an argument is seen by every user of the node in ``ps``, and a file that
 
 DEAD_SECONDS = 60
 """A connection whose other side acknowledges nothing for so long is over; a switch may need 30 to let a link up."""
+
+CHUNK = 1 << 18
+"""Bytes that are handed on at a time."""
 
 
 class NodeFailed(Exception):
@@ -131,8 +136,7 @@ def run(node: Host, script: str, seconds: int, show: bool = False, root: bool = 
     seconds: after these the command counts as failed. show: print its lines as they arrive.
     Raises NodeFailed with the last line of standard error, or with what broke the connection.
     """
-    login = Login(bool(node.data.get("_sudo")), node.data.get("_sudo_password"))
-    command, sent = (login if root else Login()).running(script)
+    command, sent = (_login(node) if root else Login()).running(script)
     try:
         connect(node)
         ok, output = node.run_shell_command(
@@ -149,11 +153,61 @@ def run(node: Host, script: str, seconds: int, show: bool = False, root: bool = 
         raise NodeFailed(f"the connection broke: {str(error) or type(error).__name__}") from None
     result = Output("\n".join(output.stdout_lines), "\n".join(output.stderr_lines))
     if not ok:
-        reason = [line for line in output.stderr_lines if line.strip()] or [
-            "it failed without a word, or the connection was lost"
-        ]
-        raise (Told if show and output.stderr_lines else NodeFailed)(reason[-1].strip())
+        told = show and output.stderr_lines
+        raise (Told if told else NodeFailed)(_reason(output.stderr_lines))
     return result
+
+
+def stream(node: Host, script: str, seconds: int) -> Iterator[bytes]:
+    """What a script prints that root runs with ``sh``, byte for byte as it comes.
+
+    seconds: a node that is silent for so long is dead. Raises NodeFailed as ``run`` does.
+    """
+    command, sent = _login(node).running(script)
+    try:
+        connect(node)
+        client = getattr(node.connector, "client", None)
+        if client is None:  # the control machine itself
+            status, said = yield from _here(command, sent.encode())
+        else:
+            with client.get_transport().open_session(timeout=seconds) as channel:
+                channel.settimeout(seconds)
+                channel.exec_command(f"sh -c {shlex.quote(command)}")
+                channel.sendall(sent.encode())
+                channel.shutdown_write()
+                while chunk := channel.recv(CHUNK):
+                    yield chunk
+                said = channel.makefile_stderr("rb").read()
+                status = channel.recv_exit_status()
+    except TimeoutError:
+        raise NodeFailed("the node is silent") from None
+    except (OSError, EOFError, SSHException) as error:
+        raise NodeFailed(f"the connection broke: {str(error) or type(error).__name__}") from None
+    if status:
+        raise NodeFailed(_reason(said.decode(errors="replace").splitlines()))
+
+
+def _here(command: str, sent: bytes) -> Generator[bytes, None, tuple[int, bytes]]:
+    """``stream`` on this machine; its exit status, and standard error."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen(("sh", "-c", command), stdin=pipe, stdout=pipe, stderr=pipe) as process:
+        assert process.stdin and process.stdout and process.stderr
+        process.stdin.write(sent)
+        process.stdin.close()
+        while chunk := process.stdout.read(CHUNK):
+            yield chunk
+        said = process.stderr.read()
+    return process.returncode, said
+
+
+def _login(node: Host) -> Login:
+    return Login(bool(node.data.get("_sudo")), node.data.get("_sudo_password"))
+
+
+def _reason(stderr: Iterable[str]) -> str:
+    """The last line of standard error."""
+    lines = [line for line in stderr if line.strip()]
+    return lines[-1].strip() if lines else "it failed without a word, or the connection was lost"
 
 
 def say(node: Host, line: str, colour: str | None = None) -> None:

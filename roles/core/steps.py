@@ -65,7 +65,11 @@ class Upload:
 
 @dataclass(frozen=True)
 class Download:
-    """Copy a file of the node, readable for all, to a path on the control machine, whole or not at all."""
+    """Copy a file of the node to a path on the control machine, whole or not at all.
+
+    It arrives beside the destination, its SHA-256 is checked, and it is renamed. One that broke off is
+    continued by the next. seconds: for its SHA-256 on the node.
+    """
 
     source: str
     destination: Path

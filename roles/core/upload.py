@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import glob
 import hashlib
 import io
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
+from typing import IO
 
+import gevent
 from paramiko import SSHException
 from pyinfra.api.host import Host
 
-from roles.core import session
+from roles.core import relay, session
+from roles.core.progress import MB, Progress
 from roles.core.steps import Download, UploadFolder, quote
 
 # Lines of LIST: digest and path. A file arrives under its digest.
@@ -80,25 +89,80 @@ def upload_folder(node: Host, step: UploadFolder) -> None:
 def download(node: Host, step: Download) -> None:
     """Carry a Download out. Raises NodeFailed; the destination then is what it was.
 
-    Whoever brings the same file at the same time has a part of his own.
+    The file grows beside it under the name of its content, and whoever brings the same waits meanwhile.
     """
-    part = step.destination.with_name(f"{step.destination.name}.{node.name}.{os.getpid()}")
-    told = session.run(node, f"sha256sum <{quote(step.source)}", step.seconds).stdout
+    source = quote(step.source)
+    told = session.run(node, f"stat -L -c %s {source}\nsha256sum <{source}", step.seconds).stdout
+    size, sha256, *_ = told.split()
+    place = step.destination
+    part = place.with_name(f".{place.name}.{sha256}.arriving")
     try:
-        step.destination.parent.mkdir(parents=True, exist_ok=True)
-        if not node.get_file(step.source, str(part), _sudo=False, _timeout=step.seconds):
-            raise session.NodeFailed(f"{step.source} could not be copied to this machine")
-        digest = hashlib.sha256()
-        with part.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-        if digest.hexdigest() != told.partition(" ")[0]:
-            raise session.NodeFailed(f"{step.source} arrived damaged: converge again")
-        part.replace(step.destination)
-    except (OSError, EOFError, SSHException) as error:
-        raise session.NodeFailed(f"copying {step.source} broke off: {error}") from None
-    finally:
-        part.unlink(missing_ok=True)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        for other in place.parent.glob(f".{glob.escape(place.name)}.*.arriving"):
+            if other != part:
+                with suppress(BlockingIOError), _held(other, wait=False):
+                    other.unlink(missing_ok=True)
+        with _held(part, wait=True) as file:
+            _bring(node, step, file, int(size))
+            if _digest(file) != sha256:
+                part.unlink()
+                raise session.NodeFailed(f"{step.source} arrived damaged: converge again")
+            part.replace(place)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            part.unlink(missing_ok=True)  # it would keep the disk full
+        raise session.NodeFailed(
+            f"{step.source} cannot be copied to {place} on this machine: {error.strerror or error}"
+        ) from None
+
+
+def _digest(file: IO[bytes]) -> str:
+    digest = hashlib.sha256()
+    file.seek(0)
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _bring(node: Host, step: Download, file: IO[bytes], size: int) -> None:
+    """Have the rest of the file arrive."""
+    at = file.seek(0, os.SEEK_END)
+    free = shutil.disk_usage(step.destination.parent).free
+    if free < size - at:
+        raise session.NodeFailed(
+            f"no room for {step.source} on this machine: {step.destination.parent} has {free // MB} MB free, "
+            f"{(size - at) // MB} are needed"
+        )
+    told = Progress(step.destination.name, size)
+    rest = session.stream(node, f"tail -c +{at + 1} <{quote(step.source)}", relay.SECONDS)
+    try:
+        for chunk in rest:
+            file.write(chunk)
+            at += len(chunk)
+            told.note(node, at)
+    except session.NodeFailed as error:
+        raise session.NodeFailed(
+            f"copying {step.source} broke off: {error}; converging again goes on from there"
+        ) from None
+
+
+@contextmanager
+def _held(part: Path, wait: bool) -> Iterator[IO[bytes]]:
+    """The file where it grows, while nobody else has it. Raises BlockingIOError where that is not to be awaited."""
+    while True:
+        with part.open("a+b") as file:
+            try:
+                fcntl.flock(
+                    file, fcntl.LOCK_EX | fcntl.LOCK_NB
+                )  # one that waits would stop all greenlets
+            except BlockingIOError:
+                if not wait:
+                    raise
+                gevent.sleep(0.2)
+                continue
+            if part.exists() and os.path.samestat(part.stat(), os.fstat(file.fileno())):
+                yield file
+                return
 
 
 def _put(node: Host, source: Path | io.StringIO, place: PurePosixPath, seconds: int) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import inspect
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -416,25 +419,97 @@ def test_a_node_waits_for_the_one_that_makes_what_it_takes(lab: Lab) -> None:
     assert not failed(lab.run(toy(lab, "a", steps=steps, first=first), limit=["node3"]))
 
 
-def test_a_file_of_a_node_arrives_here_whole_or_not_at_all(
+def test_a_file_of_a_node_arrives_here_whole_or_not_at_all_and_goes_on_after_a_break(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, here = lab.folder / "node1/made", lab.folder / "kept/deep/made"
-    steps: list[Step] = [Shell(f"echo right >{made}"), Download(str(made), here)]
+    steps: list[Step] = [Download(str(made), here), Shell(f"touch {lab.folder}/node1/a")]
     lab.names = ("node1",)
-    a = toy(lab, "a", steps=lambda node: [*steps, Shell(f"touch {lab.folder}/node1/a")])
+    a = toy(lab, "a", steps=lambda node: steps)
+    here.parent.mkdir(parents=True)
+    here.write_bytes(b"old")
+    data = os.urandom(1_000_000)
+    made.write_bytes(data)
+    whole, asked = session.stream, []
+
+    def cut(node: Any, script: str, seconds: int) -> Iterator[bytes]:
+        asked.append(script)
+        yield next(whole(node, script, seconds))
+        raise session.NodeFailed("the node is silent")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(session, "stream", cut)
+        assert failed(lab.run(a)) == ["node1"] and failed(lab.run(a)) == ["node1"]
+    assert [f"tail -c +{at * session.CHUNK + 1} <{made}" for at in (0, 1)] == asked
+    assert any("the node is silent; converging again goes on" in line for line in lab.said)
+    assert here.read_bytes() == b"old"
     assert not failed(lab.run(a))
-    assert here.read_text() == "right\n"
-    (lab.folder / "node1/a").unlink()
+    assert here.read_bytes() == data and list(here.parent.iterdir()) == [here]
 
-    def cut(self: Any, source: str, destination: str, *arguments: Any, **more: Any) -> bool:
-        Path(destination).write_text("ri")
-        return True
 
-    monkeypatch.setattr(Recorded, "get_file", cut)
+def test_a_file_of_a_node_that_is_damaged_on_its_way_here_does_not_count(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, here = lab.folder / "node1/made", lab.folder / "here/made"
+    made.write_bytes(b"right")
+    lab.names = ("node1",)
+    a = toy(lab, "a", steps=lambda node: [Download(str(made), here)])
+    monkeypatch.setattr(session, "stream", lambda *_: iter([b"wrong"]))
     assert failed(lab.run(a)) == ["node1"]
-    assert any("arrived damaged" in line for line in lab.said)
-    assert here.read_text() == "right\n" and list(here.parent.iterdir()) == [here]
+    assert any("arrived damaged" in line for line in lab.said) and not list(here.parent.iterdir())
+
+
+def test_of_an_earlier_content_nothing_stays_here_but_what_another_run_still_brings(
+    lab: Lab,
+) -> None:
+    made, here = lab.folder / "node1/made", lab.folder / "here/made"
+    made.write_bytes(b"right")
+    here.parent.mkdir()
+    old, held = (here.with_name(f".made.{letter * 64}.arriving") for letter in "ab")
+    old.touch()
+    lab.names = ("node1",)
+    a = toy(
+        lab, "a", steps=lambda node: [Download(str(made), here), Shell(f"touch {made.parent}/a")]
+    )
+    with held.open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert not failed(lab.run(a))
+    assert sorted(here.parent.iterdir()) == [held, here]
+
+
+def test_a_disk_of_this_machine_that_is_full_is_named_and_gets_nothing(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, here = lab.folder / "node1/made", lab.folder / "here/made"
+    made.write_bytes(b"x" * 5_000_000)
+    lab.names = ("node1",)
+    a = toy(lab, "a", steps=lambda node: [Download(str(made), here)])
+
+    def fills(*_: Any) -> Iterator[bytes]:
+        yield b"x" * 1_000_000
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 3_000_000}))
+        assert failed(lab.run(a)) == ["node1"]
+    sentence = f"no room for {made} on this machine: {here.parent} has 3 MB free, 5 are needed"
+    assert any(sentence in line for line in lab.said)
+    monkeypatch.setattr(session, "stream", fills)
+    assert failed(lab.run(a)) == ["node1"]
+    sentence = f"{made} cannot be copied to {here} on this machine: No space left on device"
+    assert any(sentence in line for line in lab.said) and not list(here.parent.iterdir())
+
+
+def test_what_a_node_sends_here_is_told_of_now_and_then(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, here = lab.folder / "node1/made", lab.folder / "here/made"
+    made.write_bytes(b"x" * 1_000_000)
+    lab.names = ("node1",)
+    a = toy(lab, "a", steps=lambda node: [Download(str(made), here)])
+    monkeypatch.setattr("roles.core.progress.interval", lambda: 0.000001)
+    lab.run(a)
+    assert any("made: 1 of 1 MB (100 %)" in line for line in lab.said)
 
 
 def test_a_failed_proof_fails_the_node_in_its_own_words(lab: Lab) -> None:

@@ -407,3 +407,15 @@ def test_an_archive_is_published_without_its_bytes_twice(unseen: Path) -> None:
         ["dash", "-e", "-c", taking._link(str(unseen / "link.tar"), str(taken))], check=True
     )
     assert taken.samefile(unseen / "own.tar") and not taken.is_symlink()
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640])
+def test_a_private_archive_is_published_so_that_every_node_reads_it_and_stays_private(
+    unseen: Path, mode: int
+) -> None:
+    own, taken = unseen / "own.tar", unseen / "depot/.taken"
+    own.write_text("bytes")
+    own.chmod(mode)
+    sh(taking._link(str(own), str(taken)))
+    assert taken.read_text() == "bytes" and taken.stat().st_mode & 0o777 == 0o644
+    assert own.stat().st_mode & 0o777 == mode and not taken.samefile(own)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +13,8 @@ import pytest
 from pyinfra.api import Config, Inventory, State
 
 from roles.core import chain, relay, session
-from roles.core.chain import Chain, Member, progress
+from roles.core.chain import Chain, Member
+from roles.core.progress import interval, progress
 from roles.core.steps import Upload
 
 
@@ -124,6 +127,32 @@ def test_a_step_that_is_not_relayed_always_comes_from_the_control_machine(
     assert transfers.done == [("node1", "control"), ("node2", "control")]
 
 
+def test_a_file_is_on_the_disk_before_it_takes_its_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A power cut would else leave an empty file under a name that says what is in it."""
+    place, log = tmp_path / "file", tmp_path / "log"
+    step = Upload(tmp_path / "source", str(place), hashlib.sha256(b"right").hexdigest())
+    part = Path(step.part)
+    part.parent.mkdir()
+    part.write_bytes(b"right")
+    tool = tmp_path / "tools/sync"
+    tool.parent.mkdir()
+    tool.write_text(
+        f'#!/bin/sh\nif test -e {place}; then echo late; fi >>{log}\necho "$@" >>{log}\n'
+    )
+    tool.chmod(0o755)
+
+    def run(node: Any, script: str, *_: Any) -> session.Output:
+        words = ["env", f"PATH={tool.parent}:/usr/bin:/bin", "sh", "-c", script]
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
+        return session.Output(done.stdout, done.stderr)
+
+    monkeypatch.setattr(session, "run", run)
+    assert chain._settle(None, step)
+    assert place.read_bytes() == b"right" and log.read_text() == f"{part}\n"
+
+
 @pytest.mark.parametrize("taker_lives", [True, False])
 def test_a_taker_that_dies_does_not_blame_its_giver(
     transfers: Transfers, monkeypatch: pytest.MonkeyPatch, taker_lives: bool
@@ -156,6 +185,14 @@ def test_progress_has_bytes_speed_and_what_is_left() -> None:
     line = progress("env.tar", 200_000_000, 110_000_000, 10_000_000, 10)
     assert line == "env.tar: 110 of 200 MB (55 %), 10.0 MB/s, 9 s left"
     assert progress("env.tar", 200_000_000, 5, 5, 10).endswith("0.0 MB/s, standing still")
+
+
+@pytest.mark.parametrize(("terminal", "seconds"), [(True, 3), (False, 10)])
+def test_who_watches_is_told_more_often_than_a_log(
+    monkeypatch: pytest.MonkeyPatch, terminal: bool, seconds: int
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
+    assert interval() == seconds
 
 
 def test_the_last_node_of_a_chain_is_told_of_now_and_then(
