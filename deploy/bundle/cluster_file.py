@@ -38,8 +38,8 @@ def rewritten(
     for ssh in (declared.get("ssh"), *((one or {}).get("ssh") for one in _nodes(declared))):
         _own_paths(ssh, folder)
     packages = {**(declared.get("packages") or {}), "bundle": "."}
-    packages.pop("local", None)
-    packages.pop("sources", None)
+    for key in ("local", "sources", "only"):
+        packages.pop(key, None)
     declared["packages"] = packages
     for name, one in _environments(declared):
         for key in ("wheels", "index"):

@@ -151,7 +151,7 @@ def _apt(packages: PackagesSpec) -> str:
     else:
         # apt's cache is of all sources and stays so: with others it is made anew, in memory.
         options = [*apt_sources(packages), "Dir::Cache::pkgcache=", "Dir::Cache::srcpkgcache="]
-        only = " ".join(f"-o {quote(each)}" for each in options) if packages.local else ""
+        only = " ".join(f"-o {quote(each)}" for each in options) if packages.alone("apt") else ""
         offered = (
             f"if all=$(apt-cache {only} madison {names} 2>/dev/null); then echo offers\n"
             "  printf '%s\\n' \"$all\" | while read -r name bar version rest; do\n"

@@ -110,7 +110,7 @@ def _with_dnf(
             + dnf(spec, *options, "downgrade", *exact)
         )
     # yum says 0 as long as it could install one of them.
-    source = spec.local or "the sources of the node"
+    source = spec.origin("rpm")
     lines.append(
         f"for name in {' '.join(map(quote, words))}; do\n"
         '  rpm -q "$name" >/dev/null || rpm -q --whatprovides "$name" >/dev/null || {\n'

@@ -186,5 +186,5 @@ def _absent(spec: PackagesSpec, state: PackagesState) -> Iterator[Finding]:
             "package-missing",
             f"{', '.join(offers)} installed",
             "not installed",
-            f"installed from {spec.local or 'the sources of the node'}",
+            f"installed from {spec.origin(state.manager)}",
         )

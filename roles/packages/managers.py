@@ -62,8 +62,8 @@ patiently() {{
 
 
 def apt_sources(spec: PackagesSpec) -> list[str]:
-    """Options of apt's tools under which they know the declared sources alone, where one is local."""
-    if not spec.local:
+    """Options of apt's tools under which they know the declared sources alone, where that is declared."""
+    if not spec.alone("apt"):
         return []
     return [
         f"Dir::Etc::sourcelist={APT_SOURCE}",
@@ -75,7 +75,7 @@ def apt_sources(spec: PackagesSpec) -> list[str]:
 
 def dnf_sources(spec: PackagesSpec) -> list[str]:
     """The same for dnf and yum."""
-    return ["--disablerepo=*", f"--enablerepo={OWN_REPOSITORIES}"] if spec.local else []
+    return ["--disablerepo=*", f"--enablerepo={OWN_REPOSITORIES}"] if spec.alone("rpm") else []
 
 
 def apt(spec: PackagesSpec, action: str, *words: str) -> str:

@@ -162,6 +162,10 @@ class PackagesSpec(Spec):
     sources: list[Source] = []
     """Further repositories: a mirror, NVIDIA's, one on a shared disk."""
 
+    only: bool = False
+    """Install from the declared sources alone, as ``local`` does, on nodes of a family that has some: those
+    that the node already has stay, and are not asked, so it does not matter whether they can be reached."""
+
     unattended: Literal["fence", "leave"] = "fence"
     """Where a node upgrades packages by itself, kernel, driver, CUDA and NCCL are kept out of that."""
 
@@ -184,6 +188,23 @@ class PackagesSpec(Spec):
                 yield from translated(manager, each)
             elif name := each.debian if manager == "apt" else each.rpm:
                 yield name
+
+    @model_validator(mode="after")
+    def _some(self) -> PackagesSpec:
+        if self.only and not (self.local or self.sources):
+            raise ValueError("'only' leaves no source at all: declare some under 'sources'")
+        return self
+
+    def alone(self, manager: Manager) -> bool:
+        """Whether that manager installs from what is declared here, and from nothing that the node has."""
+        return bool(self.local or (self.only and self.sources_of(manager)))
+
+    def origin(self, manager: Manager) -> str:
+        """From where it installs, in words."""
+        return (
+            self.local
+            or f"the {'declared sources' if self.alone(manager) else 'sources of the node'}"
+        )
 
     def sources_of(self, manager: Manager) -> list[Source]:
         """The declared sources of that family."""

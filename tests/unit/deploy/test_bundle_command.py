@@ -161,6 +161,7 @@ storage: {kind: existing, path: /data}
 packages:
   install: [pdsh, zstd]
   sources: [{name: m, os: apt, url: "file:/srv/mirror"}]
+  only: true
 environments:
   main: {archive: main.tar, pins: {protobuf: "3.20"}, index: "https://pypi.example/simple"}
   other: {archive: ~/other.tar}

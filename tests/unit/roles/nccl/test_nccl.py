@@ -645,13 +645,12 @@ cat <<'X'
     assert state.offered is not None and state.offered["libnccl"] == {V18, V20}
 
 
-def test_apt_is_asked_for_the_declared_sources_alone_beside_a_local_repository(
-    tmp_path: Path,
+@pytest.mark.parametrize("alone", [{"local": "/srv/packages"}, {"only": True}])
+def test_apt_is_asked_for_the_declared_sources_where_nothing_comes_from_others(
+    tmp_path: Path, alone: dict[str, Any]
 ) -> None:
     one = target(version=V20)
-    packages = PackagesSpec.model_validate(
-        {"local": "/srv/packages", "sources": [{**MIRROR, "os": "apt"}]}
-    )
+    packages = PackagesSpec.model_validate({**alone, "sources": [{**MIRROR, "os": "apt"}]})
     one = replace(one, cluster=replace(one.cluster, sections={"packages": packages}))
     fakes = {
         "dpkg-query": "echo 'dpkg-query: no packages found matching libnccl2'; exit 1",

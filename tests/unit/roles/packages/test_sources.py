@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
+import re
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -245,6 +246,32 @@ def test_what_the_local_index_lacks_may_come_from_a_declared_source() -> None:
     declared = {"install": ["libnccl"], "local": "/srv/p"}
     assert "package-not-offered" in [f.id for f in found(state, **declared)]
     assert "package-missing" in [f.id for f in found(state, **declared, sources=[CUDA])]
+
+
+def test_only_the_declared_sources_are_asked_where_that_is_declared() -> None:
+    declared: dict[str, Any] = {"install": ["zstd"], "sources": [MIRROR, CUDA]}
+    own = {
+        "apt": "-o Dir::Etc::sourceparts=-",
+        "rpm": "'--disablerepo=*' '--enablerepo=lockstep-*'",
+    }
+    for manager, options in own.items():
+        state = PackagesState(manager)  # type: ignore[arg-type]
+        assert options not in steps(state, **declared)[-1]
+        lines = steps(state, **declared, only=True)[-1].splitlines()
+        asking = [line for line in lines if re.search("patiently (apt-get|.dnf) |.trial ", line)]
+        assert all(options in line for line in asking) and len(asking) > 1
+        absent = found(state, **declared, only=True)[-1]
+        assert (absent.id, absent.fix) == ("package-missing", "installed from the declared sources")
+
+
+def test_a_family_without_declared_sources_keeps_those_of_its_nodes() -> None:
+    declared: dict[str, Any] = {"install": ["zstd"], "sources": [MIRROR], "only": True}
+    assert "disablerepo" not in steps(PackagesState("rpm"), **declared)[-1]
+    assert (
+        found(PackagesState("rpm"), **declared)[-1].fix == "installed from the sources of the node"
+    )
+    with pytest.raises(ValidationError, match="leaves no source at all"):
+        target(only=True)
 
 
 # --- unattended upgrades ---
