@@ -196,22 +196,24 @@ def reboot(
     nodes = [node for name in names for node in reached.nodes if node.name == name]
     boots = _boots(reached, nodes)
     running = _running(reached, nodes)
-    if running and not drain:
-        job, where = next(iter(running.items()))
+    served = _running_beside(reached, names, say)
+    for job in (running | served) if not drain else ():
+        where = running.get(job) or served[job]
+        over = "" if job in running else f", whose storage {server_of(reached.cluster)} serves"
         raise RebootError(
-            f"job {job} runs on {', '.join(where)}: add --drain, and it writes a checkpoint and ends first"
+            f"job {job} runs on {', '.join(where)}{over}: add --drain, and it writes a checkpoint and ends first"
         )
     right = reached.each(lambda node: lacks(reached, node), nodes)
 
     def one(node: Any) -> Restart:
-        if began := _began(reached, node):
+        if began := _began(reached, node, say):
             return Restart(node.name, "untouched", reason=began)
         return restart(reached, node, boots[node.name], right[node.name], wait, say)
 
     drained: list[Drained] = []
     restarts: list[Restart] = []
     try:
-        for job in running:
+        for job in running | served:
             drained.append(_drain(reached, job, say))
         if at_once:
             restarts = list(reached.each(one, nodes).values())
@@ -289,13 +291,40 @@ def _running(reached: Reached, nodes: Sequence[Any]) -> dict[str, list[str]]:
     return jobs
 
 
-def _began(reached: Reached, node: Any) -> str:
+def server_of(cluster: Cluster) -> str | None:
+    """The node that serves the others' storage; None where none does."""
+    from roles.storage.spec import StorageSpec, server_node
+
+    spec = cluster.section("storage", StorageSpec)
+    node = server_node(spec, cluster) if spec else None
+    return node.name if node else None
+
+
+def _running_beside(reached: Reached, names: Sequence[str], say: Progress) -> dict[str, list[str]]:
+    """The jobs on nodes that stay up and lose their storage with one of these, and where.
+
+    A silent one holds nothing up: a job of several nodes shows on those that answer.
+    """
+    found: dict[str, list[str]] = {}
+    if server_of(reached.cluster) not in names:
+        return found
+    for node in reached.nodes:
+        if node.name not in names:
+            try:
+                for job in _running(reached, [node]):
+                    found.setdefault(job, []).append(node.name)
+            except RebootError as error:
+                say(f"whether a job runs there is not known: {error}")
+    return found
+
+
+def _began(reached: Reached, node: Any, say: Progress) -> str:
     """Why the node must not restart now: somebody, or ``autostart``, started a job there meanwhile."""
     try:
-        running = _running(reached, [node])
+        running = _running(reached, [node]) | _running_beside(reached, [node.name], say)
     except RebootError as error:
         return str(error)
-    return f"job {', '.join(running)} was started there meanwhile" if running else ""
+    return f"job {', '.join(running)} was started meanwhile" if running else ""
 
 
 def _drain(reached: Reached, name: str, say: Progress) -> Drained:

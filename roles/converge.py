@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -113,7 +113,7 @@ class Run:
         )
 
     def busy(self, node: Host) -> str | None:
-        """What runs on the node and must not be disturbed, in words; None when nothing does."""
+        """What runs on the node and must not be disturbed, in words; None when nothing does, or it is silent."""
         for role in self.roles:
             if role.busy and target_of(role, self.cluster, node.name) is not None:
                 try:
@@ -121,6 +121,17 @@ class Run:
                         return found
                 except (Unreadable, session.NodeFailed):
                     continue
+        return None
+
+    def disturbed(self, node: Host, findings: Iterable[Finding]) -> str | None:
+        """What these repairs would disturb, and where it runs, in words; None where nothing."""
+        disturbing = [found for found in findings if found.disturbs]
+        if disturbing and (what := self.busy(node)):
+            return f"{what} runs here"
+        for name in self.cluster.nodes if any(found.shared for found in disturbing) else ():
+            other = node.state.inventory.get_host(name)
+            if other is not node and (what := self.busy(other)):
+                return f"{what} runs on {name}"
         return None
 
     def work(
@@ -173,7 +184,7 @@ class Run:
             if not now and not disproved:
                 return
             lasting = [found for found in now if not found.repairable or found.id in tried]
-            if not now or lasting or self._disturbed(node, now):
+            if not now or lasting or self._forbidden(node, now):
                 break  # what a repair, or its proof, only uncovers gets another round; what it did not mend does not
         left = "; ".join(map(str, now)) or "its proof failed"
         yield _refusal(f"{role.name}: still there after converging: {left}")
@@ -220,22 +231,20 @@ class Run:
         if for_user:
             self.block(node, role.name, "; ".join(f"{found}; {found.fix}" for found in for_user))
         later: list[Finding] = []
-        if what := self._disturbed(node, findings):
-            later = [found for found in findings if found.disturbs and found.repairable]
-            for found in later:
+        for found in findings:
+            if found.repairable and (what := self._forbidden(node, [found])):
+                later.append(found)
                 session.say(
                     node,
-                    f"{role.name}: {found}; pending, because {what} runs here (--data disturb=true repairs it now)",
+                    f"{role.name}: {found}; pending, because {what} (--data disturb=true repairs it now)",
                     "yellow",
                 )
         now = [found for found in findings if found.repairable and found not in later]
         return now, [*for_user, *later]
 
-    def _disturbed(self, node: Host, findings: list[Finding]) -> str | None:
+    def _forbidden(self, node: Host, findings: Iterable[Finding]) -> str | None:
         """What these repairs must not disturb, in words; None where they may be made now."""
-        if host_proxy.data.get("disturb") or not any(found.disturbs for found in findings):
-            return None
-        return self.busy(node)
+        return None if host_proxy.data.get("disturb") else self.disturbed(node, findings)
 
     def remark(self, role: AnyRole, node: Host, target: Target[Any], dry: bool) -> None:
         """Say what the role has to say beside its findings."""
@@ -279,9 +288,8 @@ class Run:
             except (Unreadable, session.NodeFailed) as error:
                 yield f"could not be read ({other.name}): {error}"
                 continue
-            busy = any(each.disturbs for each in found) and self.busy(node)
             for each in found:
-                pending = busy and each.disturbs and each.repairable
+                pending = each.repairable and self.disturbed(node, [each])
                 if not pending and not (other is role and each.repairable):
                     yield f"is not right in {other.name}: {each} (deploy/cluster.py converges it)"
 

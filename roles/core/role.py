@@ -64,6 +64,7 @@ class Finding:
     fix: what removes the difference; what Lockstep does, or what the user must do.
     repairable: False when converging cannot remove it; the node then fails with ``fix``.
     disturbs: True when the repair would disturb a running job; it then waits until the job ended.
+    shared: True when other nodes use what is repaired: then their jobs count too.
     """
 
     id: str
@@ -72,6 +73,7 @@ class Finding:
     fix: str
     repairable: bool = True
     disturbs: bool = False
+    shared: bool = False
 
     def __str__(self) -> str:
         return f"{self.id}: want {self.want}, seen {self.seen}"

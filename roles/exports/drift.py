@@ -34,6 +34,7 @@ def _left(state: ExportsState) -> Iterator[Finding]:
             FILE if state.file is not None else DROP_IN,
             "they are withdrawn",
             disturbs=True,
+            shared=True,
         )
 
 
@@ -66,6 +67,7 @@ def _files(target: Target[StorageSpec], state: ExportsState) -> Iterator[Finding
             "no such file" if state.file is None else "another text",
             "the file is written and read by the server",
             disturbs=state.file is not None and withdraws(target, state.file),
+            shared=True,
         )
     if state.drop_in != drop_in_text(spec):
         yield Finding(

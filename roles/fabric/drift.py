@@ -44,6 +44,7 @@ def _manager(target: Target[FabricSpec], state: FabricState) -> Iterator[Finding
                 f"{', '.join(extra)} here too",
                 "it is stopped and disabled",
                 disturbs=True,
+                shared=True,
             )
         return
     if not state.adapters:

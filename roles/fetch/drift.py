@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from secrets import token_hex
 
@@ -11,6 +12,7 @@ from roles.core.role import Finding, Peers, Target
 from roles.fetch.hub import identity
 from roles.fetch.probe import FetchState, Seen
 from roles.fetch.spec import COMMIT, Declared, FetchSpec, environment_of
+from roles.storage.spec import shared_path
 
 RUN = token_hex(8)
 """This run. Its stamp on what was resolved anew tells that it was done."""
@@ -25,13 +27,14 @@ def pairs(target: Target[FetchSpec], state: FetchState) -> Iterator[tuple[Declar
     """Each thing that is not as declared, with what is wrong."""
     if not target.is_head:
         return
+    shared = shared_path(target.cluster) is not None
     for one in target.spec.each(target.cluster):
         seen = state.fetched.get(one.name, Seen("absent"))
         finding = _finding(target, one, seen)
         if finding is None:
             continue
         obstacle = _obstacle(target, one, seen) if finding.repairable else None
-        yield one, obstacle or finding
+        yield one, obstacle or replace(finding, shared=shared)
 
 
 def _finding(target: Target[FetchSpec], one: Declared, seen: Seen) -> Finding | None:

@@ -15,11 +15,13 @@ from typing import Any
 import pytest
 
 from deploy import cli, jobs_cli, reboot
+from inventory.base import Spec
 from inventory.cluster import Cluster, Node
 from roles import registry
 from roles.core import session
 from roles.job.plan import Plan
 from roles.job.probe import Attempt, parse
+from roles.storage.spec import StorageSpec
 from roles.verify import Report, Waiting, Wrong
 
 
@@ -43,6 +45,7 @@ class Stage:
     ordered: list[str] = field(default_factory=list)
     lacking: dict[str, list[set[str]]] = field(default_factory=dict)
     report: Report = field(default_factory=Report)
+    sections: dict[str, Spec] = field(default_factory=dict)
     now: float = 0
 
 
@@ -56,7 +59,7 @@ def stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Stage:
     """Three nodes that reboot at once and lack nothing; each test changes what it is about."""
     stage = Stage({name: Played(name) for name in NAMES})
     declared = {name: Node(name=name, address=f"10.0.0.{at}") for at, name in enumerate(NAMES, 1)}
-    cluster = Cluster("test", tmp_path / "cluster.yaml", declared)
+    cluster = Cluster("test", tmp_path / "cluster.yaml", declared, sections=stage.sections)
     hosts = [SimpleNamespace(name=name) for name in NAMES]
 
     def run(host: Any, script: str, seconds: int) -> session.Output:
@@ -229,6 +232,24 @@ def test_a_job_is_never_cut_off(stage: Stage, capsys: pytest.CaptureFixture[str]
     assert cli.main(["reboot", "one"]) == 0, "it does not run there"
 
 
+def serve(stage: Stage) -> None:
+    """main serves the storage of the others."""
+    stage.sections["storage"] = StorageSpec(kind="nfs", path="/data", server="main")
+
+
+def test_a_server_stays_up_while_a_job_runs_on_what_it_serves(
+    stage: Stage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage.nodes["two"].units = UNIT
+    serve(stage)
+    said = refusal(capsys, "main")
+    assert "job long runs on two, whose storage main serves: add --drain" in said
+    assert cli.main(["reboot", "one"]) == 0, "it serves nobody"
+    stage.nodes["two"] = Played("two", silent=True)
+    assert cli.main(["reboot", "main"]) == 0
+    assert "whether a job runs there is not known: two: cannot" in capsys.readouterr().err
+
+
 class Cut(BaseException):
     """What Ctrl-C raises ends pytest too."""
 
@@ -283,6 +304,15 @@ def test_a_drained_job_is_held_until_every_node_is_back(
     assert [each["name"] for each in found["drained"]] == ["long"]
 
 
+def test_a_job_on_what_a_server_serves_is_drained_with_it(
+    stage: Stage, drain: Drain, capsys: pytest.CaptureFixture[str]
+) -> None:
+    serve(stage)
+    code, found = outcome(capsys, "main", "--drain")
+    assert code == 0 and stage.ordered == ["main"] and stage.nodes["two"].units == ""
+    assert [each["name"] for each in found["drained"]] == ["long"]
+
+
 def test_a_job_that_does_not_end_keeps_every_node_up_and_is_not_held(
     stage: Stage, drain: Drain, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -329,7 +359,7 @@ def test_a_job_that_begins_meanwhile_is_not_cut_off_either(
     monkeypatch.setattr(reboot, "lacks", begins)
     code, found = outcome(capsys, "--all", *more)
     assert code == 1 and "two" not in stage.ordered
-    assert found["nodes"][1]["reason"] == "job long was started there meanwhile"
+    assert found["nodes"][1]["reason"] == "job long was started meanwhile"
 
 
 def test_the_boot_is_read_with_any_shell(tmp_path: Path) -> None:

@@ -303,6 +303,18 @@ def test_a_repair_that_would_disturb_waits_and_is_no_failure(lab: Lab) -> None:
     )
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_what_other_nodes_use_waits_for_their_jobs_too(lab: Lab, shared: bool) -> None:
+    a = toy(lab, "a", findings=lambda found: [replace(found, disturbs=True, shared=shared)])
+    (lab.folder / "node2/b").touch()
+    b = toy(lab, "b", busy=lambda state: "job light" if state == "yes" else None)
+    b = replace(b, drift=lambda *arguments: [])
+    assert not failed(lab.run(a, b, last(lab), limit=["node1"]))
+    assert lab.has("node1", "a") is not shared
+    if shared:
+        assert any("pending, because job light runs on node2 (" in line for line in lab.said)
+
+
 def test_unmanaged_everywhere_looks_at_nothing_of_it_and_changes_nothing(lab: Lab) -> None:
     lab.sections = {name: Spec(manage="unmanaged") for name in ("a", "b", "last")}
     assert not failed(lab.run(toy(lab, "a"), toy(lab, "b", needs=("a",)), last(lab)))

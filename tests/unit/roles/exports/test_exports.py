@@ -112,7 +112,7 @@ def test_only_what_clients_lose_waits_for_their_job(
     file: str | None, declared: dict[str, Any], disturbs: bool
 ) -> None:
     (found,) = role.drift(target(**declared), state(file=file), {})[:1]
-    assert (found.id, found.disturbs) == ("nfs-exports", disturbs)
+    assert (found.id, found.disturbs, found.shared) == ("nfs-exports", disturbs, True)
 
 
 def test_a_server_that_is_left_alone_withdraws_what_the_others_had() -> None:
@@ -120,7 +120,7 @@ def test_a_server_that_is_left_alone_withdraws_what_the_others_had() -> None:
     left = ExportsState("apt", file=exports_text(target()), drop_in=drop_in_text(SPEC))
     assert "directory='' " in probe(alone)
     (found,) = role.drift(alone, left, {})
-    assert found.id == "nfs-exports-left"
+    assert found.id == "nfs-exports-left" and found.disturbs and found.shared
     (step,) = role.converge(alone, left, {}, [found])
     assert isinstance(step, Shell) and "exportfs -ra" in step.command
     assert role.drift(alone, ExportsState("apt"), {}) == []

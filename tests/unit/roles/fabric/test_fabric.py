@@ -134,7 +134,7 @@ def test_without_a_declared_manager_the_user_is_told_and_opensm_is_left_alone() 
 def test_a_second_subnet_manager_is_switched_off() -> None:
     of = target("node2", subnet_manager="node1")
     (finding,) = found(of, ACTIVE, node1=ACTIVE)
-    assert (finding.id, finding.disturbs) == ("opensm-elsewhere", True)
+    assert (finding.id, finding.disturbs, finding.shared) == ("opensm-elsewhere", True, True)
     (step,) = steps(of, ACTIVE, node1=ACTIVE)
     assert step.command == "systemctl disable -q --now opensm.service"
 

@@ -230,7 +230,7 @@ def test_a_missing_or_cut_file_is_named_and_it_alone_fetched_again(site: Site, d
     place = site.shared / "models" / "llama"
     damage(place)
     (finding,) = site.findings()
-    assert finding.id == "fetch-damaged" and finding.disturbs
+    assert finding.id == "fetch-damaged" and finding.disturbs and finding.shared
     (named,) = [path for path in FILES if path in finding.seen]
     assert site.shell(proof(site.target())).startswith("fetch-damaged\tllama at ")
     site.hub.forget()

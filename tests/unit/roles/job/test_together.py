@@ -167,6 +167,18 @@ def test_repairs_that_wait_for_a_running_job_do_not_hold_it_back(
     assert obstacles(cluster, state, found) == []
 
 
+def test_a_repair_of_what_it_uses_elsewhere_does_not_hold_it_back_either(
+    cluster: Cluster, state: FakeState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def busy(self: Run, node: FakeHost) -> str | None:
+        return "job light" if node.name == "node2" else None
+
+    monkeypatch.setattr(Run, "busy", busy)
+    found = {("limits", "node1"): [replace(DISTURBING, shared=True)]}
+    assert obstacles(cluster, state, found) == []
+    assert len(obstacles(cluster, state, {("limits", "node1"): [DISTURBING]})) == 1
+
+
 POINT = Meet("the plan", seconds=5)
 
 
