@@ -14,6 +14,7 @@ from roles.driver.drift import (
     FABRIC,
     PERSISTENCE,
     Work,
+    earlier,
     header_packages,
     headers_of,
     kernels_that_matter,
@@ -23,7 +24,7 @@ from roles.driver.drift import (
     source_of,
     work,
 )
-from roles.driver.probe import BLOCK_FILE, SEEING, STAMPING, DriverState, Source
+from roles.driver.probe import BLOCK_FILE, PACKAGES, SEEING, STAMPING, DriverState, Source
 from roles.driver.spec import DriverSpec, Wanted
 from roles.packages.converge import installing
 from roles.packages.fences import closing, exactly
@@ -209,8 +210,15 @@ def converge(
     if names:  # first: a package of the driver builds its module when it is installed
         yield installing(packages, state.manager, names)
     if "driver-package" in ids:
-        declared, there = wanted.packages, state.packages
-        yield exactly(packages, state.manager, declared, there, state.locks)
+        yield exactly(
+            packages,
+            state.manager,
+            wanted.packages,
+            state.packages,
+            state.locks,
+            instead_of=earlier(wanted, state),
+            beside=PACKAGES,
+        )
     if "driver-unheld" in ids:
         yield Shell(closing(state.manager, wanted.packages, state.locks))
     if "nouveau-not-blocked" in ids:

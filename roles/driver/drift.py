@@ -117,6 +117,28 @@ def packages_wrong(wanted: Wanted, state: DriverState) -> dict[str, str]:
     return differing(wanted.packages, state.packages)
 
 
+def earlier(wanted: Wanted, state: DriverState) -> list[str]:
+    """Installed packages of the driver that are of another branch or series, by their own name and version.
+
+    As nvidia-dkms-535 beside a declared nvidia-dkms-550 or nvidia-dkms-535-server. Each branch excludes others.
+    """
+    declared = {series(name) for name in wanted.packages} - {None}
+    return [
+        name
+        for name, each in state.packages.items()
+        if declared and (found := series(name)) is not None and found not in declared
+        if all(one.version.rpartition(":")[2].startswith(f"{found[:3]}.") for one in each)
+    ]
+
+
+def series(package: str) -> str | None:
+    """The branch in a package's name, with what it is for: 535, 535-server, 550-open; None where it has none."""
+    match = re.fullmatch(
+        r".*(?:nvidia|cuda-drivers).*?-([0-9]{3}(?:-server)?(?:-open)?)(?:-[0-9.]+)?", package
+    )
+    return match[1] if match else None
+
+
 def header_packages(wanted: Wanted, state: DriverState) -> list[str]:
     """Packages of the headers that lack, of kernels that a module must be built for."""
     return headers_of(state, [each.kernel for each in work(wanted, state)])
@@ -200,11 +222,13 @@ def _cuda(wanted: Wanted, state: DriverState) -> Iterator[Finding]:
 def _packages(wanted: Wanted, state: DriverState) -> Iterator[Finding]:
     wrong = packages_wrong(wanted, state)
     if wrong:
+        others = earlier(wanted, state)
         yield Finding(
             "driver-package",
             ", ".join(f"{name} {wanted.packages[name]}" for name in wrong),
             ", ".join(f"{name} {seen}" for name, seen in wrong.items()),
-            "exactly these versions are installed in one transaction, then held",
+            "exactly these versions are installed in one transaction, then held"
+            + (f"; those of {', '.join(others)} that exclude them go" if others else ""),
             disturbs=True,
         )
     elif wanted.packages and (

@@ -30,6 +30,9 @@ DRIVER_NAMES = (
 nvidia-srv is that of Ubuntu's packages for servers, as nvidia-driver-535-server.
 """
 
+PACKAGES = ("*nvidia*", "cuda-drivers*")
+"""The names of the driver's packages on Debian and Ubuntu, as patterns of dpkg."""
+
 SecureBoot = Literal["off", "on", "enrolled"]
 
 
@@ -90,7 +93,8 @@ class DriverState:
     daemon: nvidia-persistenced is installed.
     nouveau: how often it is in use; None when it is not loaded. blocked: something keeps it out.
     cuda: environment's prefix to the CUDA version of its torch.
-    packages: the declared ones that are installed. locks: the list that dnf or yum obeys, or None.
+    packages: the declared ones that are installed, and where apt installs, all that bear NVIDIA's name.
+    locks: the list that dnf or yum obeys, or None.
     """
 
     kernel: str
@@ -193,7 +197,8 @@ slow() {
 }
 """.replace("NAMES", DRIVER_NAMES)
 
-_FAST = r"""
+_FAST = (
+    r"""
 command -v modinfo >/dev/null || { echo 'modinfo is not there (package kmod)' >&2; exit 3; }
 say kernel "$kernel"
 say container $container
@@ -206,7 +211,7 @@ if command -v dpkg-query >/dev/null; then
     if ! test -e /var/lib/dpkg/info/linux-headers-$f.list; then say following linux-headers-$f; fi
   done
   if test -n "$packages"; then
-    dpkg-query -W -f 'package\t${db:Status-Abbrev}\t${Package}\t${Version}\n' $packages 2>/dev/null || test $? = 1 || exit 3
+    dpkg-query -W -f 'package\t${db:Status-Abbrev}\t${Package}\t${Version}\n' $packages PATTERNS 2>/dev/null || test $? = 1 || exit 3
   fi
 elif command -v rpm >/dev/null; then
   say manager rpm
@@ -284,7 +289,10 @@ case $seen in
   *) slow || exit 3;;
 esac
 echo end
-""".replace("STAMP", STAMP).replace("SERVICES", " ".join(SERVICES))
+""".replace("STAMP", STAMP)
+    .replace("SERVICES", " ".join(SERVICES))
+    .replace("PATTERNS", " ".join(map(quote, PACKAGES)))
+)
 
 STAMPING = f"""
 now=$(key) && seen=$(slow) && mkdir -p {STAMP.rpartition("/")[0]} &&

@@ -53,7 +53,8 @@ class DriverSpec(Spec):
     version: the full version, which each node has as source in /usr/src or gets by ``packages``.
     flavour: of the kernel modules; None takes what the source gives.
     packages: package name to its exact version, an epoch with it as in 3:575.51-1.el9; they bring source
-    and libraries, and are held or locked. None are removed.
+    and libraries, and are held or locked. Of another branch's packages, those that exclude them go with apt;
+    nothing else is removed.
     classes: what single GPU classes have instead.
     persistence: keep the driver loaded and initialised between jobs (nvidia-persistenced).
     nodes: only these, whether they declare GPUs or not; None means every node with ``gpus``.

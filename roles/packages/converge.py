@@ -45,6 +45,10 @@ fi
 """.lstrip()
 
 
+_REMOVED = "printf '%s\\n' \"$said\" | awk '/^Remv / { print $2 }'"
+"""Shell: what apt's last answer says that would go; patience leaves it in $said."""
+
+
 def installing(
     spec: PackagesSpec,
     manager: Manager,
@@ -59,8 +63,8 @@ def installing(
 
     names: packages at any version. versions: packages at exactly that one, also when it is an older.
     reinstall: unpack them again although they are installed.
-    instead_of: installed packages that may go for it; a transaction that would remove anything
-    else is refused before it begins.
+    instead_of: installed packages that go where they exclude it, held or not; a transaction that would
+    remove anything else is refused before it begins.
     past_locks: holds, and the lock list of dnf 4 and yum, do not count; the caller makes them anew.
     """
     exact = full_names(manager, versions or {})
@@ -82,10 +86,25 @@ def _with_apt(
     words = ["--no-install-recommends", *options]
     if not instead_of:
         return [*apt_ready(spec), apt(spec, "install", *words, "--no-remove", "--", *names)]
-    words += ["--", *names, *(f"{name}-" for name in instead_of)]  # apt's way to say "remove it"
-    trial = apt(spec, "install", "--simulate", *words)  # leaves what it printed in $said
-    check = removing_only(instead_of, "printf '%s\\n' \"$said\" | awk '/^Remv / { print $2 }'")
-    return [*apt_ready(spec), trial, check, apt(spec, "install", *words)]
+    words += ["--", *names]
+    # Holds would be in the way of what must go, so it is asked without them; then exactly that is named.
+    trial, named = apt(spec, "install", "--simulate", *words), ' "$@"'
+    return [
+        *apt_ready(spec),
+        apt(spec, "install", "--simulate", "--ignore-hold", *words),
+        removing_only(instead_of, _REMOVED),
+        'set --\nfor name in $gone; do set -- "$@" "$name-"; done',
+        trial + named,
+        removing_only(instead_of, _REMOVED),
+        apt(spec, "install", *words) + named,
+    ]
+
+
+def taking_back(spec: PackagesSpec) -> str:
+    """Shell that has apt do its arguments, NAME=VERSION or NAME-, whatever is held."""
+    words = ["--no-install-recommends", "--allow-downgrades", "--allow-change-held-packages", "--"]
+    lines = [*apt_ready(spec), apt(spec, "install", *words) + ' "$@"']
+    return "\n".join([PATIENCE + _APT_PREAMBLE.rstrip(), *lines])
 
 
 def _with_dnf(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from roles.core.role import Unreadable
 from roles.core.steps import Shell, quote, write_file
-from roles.packages.converge import installing
+from roles.packages.converge import installing, taking_back
 from roles.packages.managers import INSTALL_SECONDS, Manager
 from roles.packages.spec import PackagesSpec
 
@@ -79,7 +79,8 @@ class LockList:
 def parse_installed(rows: Iterable[Sequence[str]]) -> Installed:
     """Installed packages in rows of status letters, name and version.
 
-    dpkg's letters: what is wanted (h is held), what is there. An RPM's epoch of 0 is left out.
+    dpkg's letters: what is wanted (h is held), what is there. An RPM's epoch of 0 is left out. One version
+    for two architectures counts once.
     Raises Unreadable for what can be neither.
     """
     packages: dict[str, tuple[Package, ...]] = {}
@@ -91,7 +92,9 @@ def parse_installed(rows: Iterable[Sequence[str]]) -> Installed:
         version = version.removeprefix("0:")
         if not re.fullmatch(r"[0-9][A-Za-z0-9.+:~^_-]*", version):
             raise Unreadable(f"{name} cannot have the version {version!r}")
-        packages[name] = (*packages.get(name, ()), Package(version, status[0] == "h"))
+        there = packages.get(name, ())
+        if version not in (one.version for one in there):
+            packages[name] = (*there, Package(version, status[0] == "h"))
     return packages
 
 
@@ -240,6 +243,19 @@ def _without_epoch(version: str) -> str:
     return version.rpartition(":")[2]
 
 
+_STATUS = "${db:Status-Abbrev}|${binary:Package} ${Version}\\n"
+
+# What apt is to be told so that what ``have`` says is again what it said.
+_UNDONE = r"""{ printf '%s\n' "$had"; echo then; have; } | awk '
+  $1 == "then" { later = 1; next }
+  later { now[$1] = $2; next }
+  NF { had[$1] = $2 }
+  END {
+    for (name in had) if (now[name] != had[name]) print name "=" had[name]
+    for (name in now) if (!(name in had)) print name "-"
+  }'"""
+
+
 def exactly(
     spec: PackagesSpec,
     manager: Manager,
@@ -249,13 +265,17 @@ def exactly(
     *,
     reinstall: bool = False,
     then: Sequence[str] = (),
+    instead_of: Sequence[str] = (),
+    beside: Sequence[str] = (),
 ) -> Shell:
     """The step that brings packages to exactly these versions at once, and fences them there.
 
-    packages, locks: what there is now. When anything fails, packages whose version changed go back as
-    far as theirs can be had, and holds and locks are as they were. A second version of an RPM, which
-    a cut transaction leaves, goes first; the one that stays had files in common with it.
+    packages, locks: what there is now. When anything fails, packages that changed, came or went are again
+    what they were as far as that can be had, and holds and locks are as they were. A second version of an
+    RPM, which a cut transaction leaves, goes first; the one that stays had files in common with it.
     reinstall: unpack them although they have this version. then: more shell, before the fence is closed.
+    instead_of: installed packages that go where they exclude these. beside: what may come and go with
+    them, as patterns of dpkg.
     """
     kept = {name: _kept(version, packages.get(name, ())) for name, version in versions.items()}
     before = {name: version for name, version in kept.items() if version}
@@ -267,14 +287,23 @@ def exactly(
         for one in packages[name]
         if one.version != kept[name]
     ]
-    held = [name for name in before if packages[name][0].held]
-    change = installing(spec, manager, [], versions=versions, reinstall=reinstall, past_locks=True)
+    held = [name for name in [*before, *instead_of] if packages[name][0].held]
+    change = installing(
+        spec,
+        manager,
+        [],
+        versions=versions,
+        reinstall=reinstall,
+        instead_of=instead_of,
+        past_locks=True,
+    )
     again = installing(spec, manager, [], versions=stale, reinstall=True, past_locks=True)
-    back = installing(spec, manager, [], versions=before, past_locks=True)
-    names = " ".join(map(quote, versions))
+    names = " ".join(map(quote, [*versions, *instead_of, *beside]))
     if manager == "apt":
-        have = f"dpkg-query -W -f '${{Package}} ${{Version}}\\n' {names} 2>/dev/null | sort"
+        have = f"dpkg-query -W -f '{_STATUS}' {names} 2>/dev/null | sed -n 's/^.[^nc][^|]*|//p' | sort -u"
+        back = f"set -- $({_UNDONE})\n{taking_back(spec)}"
     else:
+        back = installing(spec, manager, [], versions=before, past_locks=True).command
         query = "%{NAME} %{EPOCHNUM}:%{VERSION}-%{RELEASE}\\n"
         have = f"rpm -q --qf '{query}' {names} 2>/dev/null | grep -v 'not installed' | sort"
     lift: list[str] = []
@@ -283,8 +312,8 @@ def exactly(
         lifted = lock_text(locks, versions, lifted=True)
         lift = [write_file(locks.path, lifted, backup=False)]
         undo = [write_file(locks.path, locks.text, backup=False)]
-    if before:
-        undo.append(f'test "$(have)" = "$had" || (\n{back.command}\n) || true')
+    if before or instead_of:
+        undo.append(f'test "$(have)" = "$had" || (\n{back}\n) || true')
     if held:
         undo.append(f"apt-mark hold {' '.join(map(quote, held))} || true")
     return Shell(

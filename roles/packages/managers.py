@@ -145,7 +145,7 @@ def removing_only(allowed: Sequence[str], trial: str) -> str:
     return (
         f"gone=$({trial})\n"
         "for name in $gone; do\n"
-        f'  case {known} in *" $name "*) ;;\n'
+        f'  case {known} in *" ${{name%%:*}} "*) ;;\n'
         '  *) echo "the installation would remove $name: nothing was changed" >&2; exit 1;; esac\n'
         "done"
     )

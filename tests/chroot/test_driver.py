@@ -15,17 +15,24 @@ from typing import Any
 
 import pytest
 
+from deploy.lab.repository import write_index
 from deploy.lab.standins import DRIVER_VERSIONS, driver_source
 from inventory.cluster import Cluster, Node
 from roles.core.role import Finding, Target
-from roles.core.steps import Shell
+from roles.core.steps import Shell, write_file
 from roles.driver import DriverSpec, DriverState, role
+from roles.packages.managers import SOURCES
+from roles.packages.sources import source_text
+from roles.packages.spec import PackagesSpec
 
 pytestmark = pytest.mark.slow
 
 VERSION, NEWER = DRIVER_VERSIONS
 NODE = Node(name="node1", address="10.77.0.11")
 SOURCE = "/etc/lockstep-test-source"
+PACKAGES = PackagesSpec(local="/srv/repo")
+BROKEN = "560.28.03"
+"""Of this branch, the package that builds the module fails when it is configured."""
 
 
 @dataclass
@@ -47,24 +54,24 @@ class Machine:
     def here(self, script: str) -> str:
         return script.replace("/proc/sys/kernel/osrelease", "/etc/kernel-of-this-machine")
 
-    def look(self) -> DriverState:
-        done = self.sh(self.here(role.probe(target())))
+    def look(self, **declared: Any) -> DriverState:
+        done = self.sh(self.here(role.probe(target(**declared))))
         assert done.stderr == ""
         state = role.parse(done.stdout.strip("\n"))
         assert state is not None
         return state
 
-    def findings(self) -> list[Finding]:
-        return role.drift(target(), self.look(), {})
+    def findings(self, **declared: Any) -> list[Finding]:
+        return role.drift(target(**declared), self.look(**declared), {})
 
     def ids(self) -> list[str]:
         return [finding.id for finding in self.findings()]
 
-    def converge(self) -> None:
+    def converge(self, **declared: Any) -> None:
         """One run; raises when a step fails, as converging fails the node."""
-        state = self.look()
-        now = [finding for finding in role.drift(target(), state, {}) if finding.repairable]
-        for step in role.converge(target(), state, {}, now):
+        state, wanted = self.look(**declared), target(**declared)
+        now = [finding for finding in role.drift(wanted, state, {}) if finding.repairable]
+        for step in role.converge(wanted, state, {}, now):
             assert isinstance(step, Shell)
             self.sh("set -e\n" + self.here(step.command))
 
@@ -75,7 +82,8 @@ class Machine:
 
 def target(**declared: Any) -> Target[DriverSpec]:
     spec = DriverSpec(**{"version": VERSION, "flavour": "open", "nodes": ["node1"], **declared})
-    return Target(Cluster("lab", Path("lab.yaml"), {"node1": NODE}), NODE, spec)
+    sections = {"packages": PACKAGES}
+    return Target(Cluster("lab", Path("lab.yaml"), {"node1": NODE}, sections=sections), NODE, spec)
 
 
 @pytest.fixture(scope="session")
@@ -257,3 +265,124 @@ def test_a_newer_kernel_counts_for_the_next_boot(machine: Machine) -> None:
             "dkms uninstall nvidia/$V -k 99.1.0-amd64; rm -rf /lib/modules/99.1.0-amd64 /boot/vmlinuz-99.1.0-amd64"
             " /var/lib/dkms/nvidia/$V/99.1.0-amd64 /var/lib/dkms/nvidia/kernel-99.1.0-amd64-*"
         )
+
+
+def deb(
+    repository: Path, tree: Path, name: str, version: str, relations: str, **scripts: str
+) -> None:
+    """Make a package of the files below the tree. relations: lines of its control file."""
+    control = tree / "DEBIAN"
+    control.mkdir(parents=True)
+    (control / "control").write_text(
+        f"Package: {name}\nVersion: {version}\nArchitecture: all\n{relations}"
+        "Maintainer: Lockstep tests <tests@example.invalid>\nDescription: stand-in\n"
+    )
+    for script, text in scripts.items():
+        (control / script).write_text(f"#!/bin/sh\n{text}\n")
+        (control / script).chmod(0o755)
+    subprocess.run(
+        ["dpkg-deb", "--root-owner-group", "-b", str(tree), str(repository / f"{name}_{version}.deb")],
+        check=True, capture_output=True,
+    )  # fmt: skip
+
+
+def of_branch(version: str) -> dict[str, Any]:
+    """What the cluster file declares for it."""
+    return {"version": version, "packages": {f"nvidia-dkms-{version[:3]}": f"{version}-0ubuntu1"}}
+
+
+@pytest.fixture
+def branched(machine: Machine, tmp_path: Path) -> Machine:
+    """The first branch by packages that exclude each other as Ubuntu's do, beside one that needs it not."""
+    repository = machine.root / "srv/repo"
+    if not repository.exists():
+        repository.mkdir(parents=True)
+        for version in (VERSION, NEWER, BROKEN):
+            branch, full = version[:3], f"{version}-0ubuntu1"
+            source = tmp_path / f"source-{branch}"
+            driver_source(source, version)
+            alone = "Provides: {0}\nConflicts: {0}\nReplaces: {0}\n".format
+            deb(
+                repository,
+                source,
+                f"nvidia-kernel-source-{branch}",
+                full,
+                alone("nvidia-kernel-source"),
+            )
+            deb(
+                repository,
+                tmp_path / f"firmware-{branch}",
+                f"nvidia-firmware-{branch}-{version}",
+                full,
+                "",
+            )
+            build = f"dkms install -m nvidia -v {version} -k {machine.kernel} --force"
+            deb(
+                repository,
+                tmp_path / f"dkms-{branch}",
+                f"nvidia-dkms-{branch}",
+                full,
+                f"Depends: dkms, nvidia-kernel-source-{branch} (= {full}), nvidia-firmware-{branch}-{version}\n"
+                + alone("nvidia-dkms-kernel"),
+                postinst="echo no such function >&2; exit 10" if version == BROKEN else build,
+                prerm=f"dkms remove -m nvidia -v {version} --all || true",
+            )  # fmt: skip
+        deb(
+            repository,
+            tmp_path / "monitor",
+            "monitor",
+            "1",
+            f"Depends: nvidia-dkms-{VERSION[:3]}\n",
+        )
+        write_index(repository)
+        text = source_text(PACKAGES, "apt") or ""
+        machine.sh(f"mv /etc/apt/sources.list /root\n{write_file(SOURCES['apt'], text)}")
+        machine.sh("dkms remove nvidia/$V --all; rm -r /usr/src/nvidia-$V")
+    machine.sh("dpkg --purge monitor")
+    machine.converge(**of_branch(VERSION))
+    assert machine.findings(**of_branch(VERSION)) == []
+    return machine
+
+
+def installed(machine: Machine) -> str:
+    """The packages with their versions and holds."""
+    return machine.sh(
+        "dpkg-query -W -f '${db:Status-Abbrev} ${Package} ${Version}\\n' | grep -v ^.[nc]"
+    ).stdout
+
+
+def test_one_run_changes_the_branch_up_and_down(branched: Machine) -> None:
+    for version, other in ((NEWER, VERSION), (VERSION, NEWER)):
+        before = installed(branched)
+        assert branched.findings(**of_branch(version))[0].id == "driver-package"
+        branched.converge(**of_branch(version))
+        assert branched.findings(**of_branch(version)) == []
+        assert branched.look().modules[branched.kernel].version == version
+        gone = {line.split()[1] for line in before.splitlines()} - {
+            line.split()[1] for line in installed(branched).splitlines()
+        }
+        assert gone == {f"nvidia-dkms-{other[:3]}", f"nvidia-kernel-source-{other[:3]}"}
+        assert f"hi  nvidia-dkms-{version[:3]} " in installed(branched)
+
+
+@pytest.mark.parametrize(
+    ("version", "first", "why"),
+    [
+        (NEWER, "apt-get -y install monitor", "would remove monitor: nothing was changed"),
+        (BROKEN, ":", "no such function"),
+        (NEWER, "mv /srv/repo/nvidia-dkms-550* /root", "nvidia-dkms-550"),
+    ],
+)
+def test_a_branch_that_cannot_be_had_whole_leaves_the_one_before_as_it_was(
+    branched: Machine, version: str, first: str, why: str
+) -> None:
+    branched.sh(first)
+    before = installed(branched)
+    try:
+        with pytest.raises(AssertionError) as told:
+            branched.converge(**of_branch(version))
+        assert why in str(told.value)
+        assert installed(branched) == before
+        assert branched.findings(**of_branch(VERSION)) == []
+    finally:
+        branched.sh("mv /root/*.deb /srv/repo", check=False)

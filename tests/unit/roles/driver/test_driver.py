@@ -24,7 +24,7 @@ from roles.core.role import Finding, Target, Unreadable
 from roles.core.steps import Shell, quote
 from roles.driver import DriverSpec, DriverState, role
 from roles.driver.dkms import Entry, parse_status
-from roles.driver.drift import kernels_that_matter, natural
+from roles.driver.drift import kernels_that_matter, natural, series
 from roles.driver.gpus import driver_for_cuda, generation, unfit
 from roles.driver.probe import Kernel, Module, Source, Unit, parse, probe
 from roles.packages.fences import DNF, LockList, Package
@@ -767,6 +767,50 @@ def test_another_version_of_a_declared_package_goes_past_the_fence_and_back_when
     undo = step[step.index("undo() {") : step.index("trap undo EXIT")]
     assert "kmod-nvidia-open-dkms-3:550.54.15-1.el9" in undo
     assert "--disableplugin=versionlock" in step
+
+
+@pytest.mark.parametrize(
+    ("package", "expected"),
+    [
+        ("nvidia-dkms-535", "535"),
+        ("nvidia-driver-535-server", "535-server"),
+        ("nvidia-dkms-535-server-open", "535-server-open"),
+        ("libnvidia-cfg1-550", "550"),
+        ("nvidia-firmware-535-535.154.05", "535"),
+        ("xserver-xorg-video-nvidia-550", "550"),
+        ("cuda-drivers-550", "550"),
+        ("nvidia-driver", None),
+        ("nvidia-container-toolkit", None),
+        ("linux-modules-nvidia-535-generic", None),
+        ("linux-modules-nvidia-535-5.15.0-113-generic", None),
+        ("libfoo-535", None),
+    ],
+)
+def test_the_name_of_a_package_tells_its_branch(package: str, expected: str | None) -> None:
+    assert series(package) == expected
+
+
+def test_another_branchs_packages_may_go_and_no_others() -> None:
+    there = {
+        "nvidia-dkms-535": "535.154.05-0ubuntu1",
+        "nvidia-kernel-source-535": "535.154.05-0ubuntu1",
+        "nvidia-dkms-550-open": "550.54.15-0ubuntu1",
+        "nvidia-utils-550": "550.54.15-0ubuntu1",
+        "nvidia-tool-535": "1.2-1",
+        "nvidia-container-toolkit": "1.17.8-1",
+    }
+    state = with_packages(RIGHT, there, sources=(), entries=(), modules={}, tree={})
+    wanted = {"version": "550.54.15", "packages": {"nvidia-dkms-550": "550.54.15-0ubuntu1"}}
+    (finding, *_) = found(state, **wanted)
+    others = "nvidia-dkms-535, nvidia-kernel-source-535, nvidia-dkms-550-open"
+    assert (
+        finding.id == "driver-package" and f"those of {others} that exclude them go" in finding.fix
+    )
+    step = steps(state, **wanted)[0]
+    assert f"case ' {others.replace(',', '')} ' in" in step and "--no-remove -- nvidia" not in step
+    assert f"apt-mark hold {others.replace(',', '')} || true" in step
+    plain = {**wanted, "packages": {"nvidia-driver": "550.54.15-1"}}
+    assert "exclude them" not in found(state, **plain)[0].fix
 
 
 def test_what_brings_headers_of_the_next_kernel_is_installed() -> None:

@@ -61,6 +61,13 @@ def seen(path: str, text: str, versions: dict[str, str] = BOTH) -> str | None:
     return open_fence("rpm", versions, {}, LockList(path, text))
 
 
+def test_one_version_for_two_architectures_counts_once() -> None:
+    rows = [("hi ", "libnvidia-gl-535", "535.1-1"), ("hi ", "libnvidia-gl-535", "535.1-1")]
+    there = parse_installed(rows)
+    assert there == {"libnvidia-gl-535": (Package("535.1-1", True),)}
+    assert differing({"libnvidia-gl-535": "535.1-1"}, there) == {}
+
+
 @pytest.mark.parametrize("path", RIGHT)
 def test_exact_locks_close_the_fence_in_every_format(path: str) -> None:
     assert seen(path, RIGHT[path]) is None

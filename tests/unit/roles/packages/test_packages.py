@@ -255,7 +255,7 @@ def test_an_installation_with_apt_that_would_remove_anything_else_is_refused(
     fakes = apt_that_removes("systemd-timesyncd", "openssh-server")
     done, calls = installed(tmp_path, fakes, instead_of=["systemd-timesyncd"])
     assert done.returncode == 1 and "would remove openssh-server" in done.stderr
-    assert calls[-1].endswith("-- chrony systemd-timesyncd-") and "--simulate" in calls[-1]
+    assert calls[-1].endswith("-- chrony") and "--simulate --ignore-hold" in calls[-1]
 
 
 def test_an_installation_with_apt_that_removes_only_what_may_go_goes_on(tmp_path: Path) -> None:
@@ -264,6 +264,24 @@ def test_an_installation_with_apt_that_removes_only_what_may_go_goes_on(tmp_path
     assert done.returncode == 0, done.stderr
     assert "--simulate" not in calls[-1] and "--no-remove" not in calls[-1]
     assert calls[-1].endswith("install --no-install-recommends -- chrony systemd-timesyncd-")
+
+
+def test_what_need_not_go_stays_and_what_goes_is_named_with_its_architecture(
+    tmp_path: Path,
+) -> None:
+    fakes = apt_that_removes("libgpu-1:i386")
+    _, calls = installed(tmp_path, fakes, instead_of=["libgpu-1", "gpu-firmware-1"])
+    assert "--simulate" in calls[-2] and calls[-2].endswith("-- chrony libgpu-1:i386-")
+    assert calls[-1].endswith("install --no-install-recommends -- chrony libgpu-1:i386-")
+
+
+def test_what_would_go_although_it_was_not_named_is_refused_before_anything_goes(
+    tmp_path: Path,
+) -> None:
+    trial = "case $* in *--ignore-hold*) echo 'Remv ntp [1]';; *--simulate*) echo 'Remv held [1]';; esac"
+    done, calls = installed(tmp_path, {"apt-get": trial}, instead_of=["ntp"])
+    assert done.returncode == 1 and "would remove held" in done.stderr
+    assert "--simulate" in calls[-1]
 
 
 def test_an_installation_with_apt_whose_dry_run_fails_is_not_begun(tmp_path: Path) -> None:
