@@ -147,7 +147,7 @@ def _notes(target: Target[Environments], state: ArchivesState) -> Iterator[Findi
 
 def _needs(state: ArchivesState, one: Declared, archive: Archive) -> bool:
     there = archive.sha256 in state.unpacked.get(one.name, ())
-    return not there and misfit(archive.needs, state.node) is None
+    return not there and misfit(archive.needs_of(one.spec.imports), state.node) is None
 
 
 def _keys(state: ArchivesState) -> Iterable[Finding]:

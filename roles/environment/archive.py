@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 from gevent.lock import RLock
 
 from inventory.settings import state_directory
-from roles.environment.fit import Needs
+from roles.environment.fit import Needs, newest
 from roles.environment.listing import Listing, hashes
 from roles.environment.members import Refused
 from roles.environment.tar import CHUNK, Members, decompressed, ending_of
@@ -44,7 +44,8 @@ class Archive:
     unclear: metadata folders that claim the same files, where neither record holds: ``A and B``.
     requires: metadata folder to what its distribution requires, as ``Requires-Dist`` spells it.
     editables: normal name of each editable install to its source, a folder outside the environment.
-    needs: the machine and the glibc without which it cannot run.
+    needs: the machine and the glibc without which no training can run.
+    imports: top-level module to the newer glibc without which it cannot be imported.
     """
 
     sha256: str
@@ -62,11 +63,17 @@ class Archive:
     editables: Mapping[str, str] = field(default_factory=dict)
     entries: int = 0
     needs: Needs = field(default_factory=Needs)
+    imports: Mapping[str, Needs] = field(default_factory=dict)
 
     @property
     def file_name(self) -> str:
         """Named by content, so that a file of this name is this archive."""
         return f"{self.sha256}.{self.ending}"
+
+    def needs_of(self, modules: Iterable[str]) -> Needs:
+        """What it needs where these are imported."""
+        tops = (name.partition(".")[0] for name in modules)
+        return newest([self.needs, *(self.imports[top] for top in tops if top in self.imports)])
 
 
 TUPLES = ("distributions", "strays", "overwritten", "unclear")
@@ -174,7 +181,9 @@ def _parsed(memory: Path, inode: int, mtime_ns: int) -> Mapping[str, Any]:
 def _archive(record: Mapping[str, Any]) -> Archive:
     values = {key: value for key, value in record.items() if key != "identity"}
     lists = {name: tuple(values[name]) for name in TUPLES}
-    return Archive(**{**values, **lists, "needs": Needs(**values["needs"])})
+    needs = Needs(**values["needs"])
+    imports = {module: Needs(**each) for module, each in values["imports"].items()}
+    return Archive(**{**values, **lists, "needs": needs, "imports": imports})
 
 
 def read(path: Path, called: str = "") -> Archive:

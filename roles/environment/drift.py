@@ -87,7 +87,7 @@ def _pairs(target: Target[Environments], state: EnvironmentState, one: Declared)
         yield Action.NONE, borrowed
         return
     tree = list(_tree(one, seen, archive))
-    wrong = misfit(archive.needs, state.node)
+    wrong = misfit(archive.needs_of(one.spec.imports), state.node)
     if wrong and any(action in (Action.UNPACK, Action.FINISH) for action, _ in tree):
         id, want, has = wrong
         yield (

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import islice
+from tempfile import TemporaryFile
+from typing import IO
 
 from elftools.common.exceptions import ELFError
 from elftools.construct import ConstructError
 from elftools.elf.elffile import ELFFile
 from elftools.elf.gnuversions import GNUVerNeedSection
 
-LARGEST = 64 << 20
-"""Bytes of the largest file that is read. Those of torch that are larger come with smaller ones of the same build."""
+HEAD, TAIL = 64 << 20, 1 << 20
+"""Bytes that are read at the start and at the end of a file: there linkers put the tables that are read here."""
 
 MOST = 1000
 """Entries of a version table that are read; a broken one may claim billions."""
@@ -40,7 +43,12 @@ TELLING = re.compile(
     r"(?P<root>.*?)/?(?P<file>bin/(?P<program>python[0-9.]*)|lib/libpython[^/]*\.so[^/]*"
     r"|lib/python[0-9.]+/(?:lib-dynload/[^/]+\.so|site-packages/(?:torch|numpy|tokenizers|safetensors)/.*\.so[^/]*))"
 )
-"""What every training loads. Not every file: one that nobody imports may need more than the nodes have."""
+"""What every training loads."""
+
+COMPILED = re.compile(
+    r"(?P<root>.*?)/?(?P<file>lib/python[0-9.]+/site-packages/(?P<path>.+\.so(\.[^/]*)?))"
+)
+"""What a distribution has compiled. It counts for those who import it: others may not have what it needs."""
 
 
 @dataclass(frozen=True)
@@ -86,26 +94,31 @@ def numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split("."))
 
 
-def machine_of(data: bytes) -> str | None:
+def is_telling(name: str) -> bool:
+    """Whether a file of an archive says what its environment needs."""
+    return bool(TELLING.fullmatch(name) or COMPILED.fullmatch(name))
+
+
+def machine_of(file: IO[bytes]) -> str | None:
     """The machine that an ELF file is for; None for anything that is no ELF file."""
     try:
-        name = str(ELFFile(BytesIO(data)).header["e_machine"])
+        name = str(ELFFile(file).header["e_machine"])
     except (ELFError, ConstructError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return MACHINES.get(name, name.removeprefix("EM_").lower())
 
 
-def glibc_of(data: bytes) -> str:
+def glibc_of(file: IO[bytes]) -> str:
     """The newest version of glibc's symbols that an ELF file links to; empty where it links to none."""
     try:
-        found = list(_versions(data))
+        found = list(_versions(file))
     except (ELFError, ConstructError, ValueError, KeyError, TypeError, AttributeError):
         return ""  # a broken file is for the interpreter to refuse
     return max(found, key=numbers, default="")
 
 
-def _versions(data: bytes) -> Iterator[str]:
-    for section in islice(ELFFile(BytesIO(data)).iter_sections(), MOST):
+def _versions(file: IO[bytes]) -> Iterator[str]:
+    for section in islice(ELFFile(file).iter_sections(), MOST):
         if isinstance(section, GNUVerNeedSection):
             for _, versions in islice(section.iter_versions(), MOST):
                 for version in islice(versions, MOST):
@@ -120,23 +133,32 @@ class Reading:
         self.programs: dict[str, str | None] = {}  # name of an interpreter -> its machine
         self._machines: dict[str, Counter[str]] = {}
         self._glibc: dict[tuple[str, str], tuple[str, str]] = {}  # by root and machine
+        self._compiled: dict[tuple[str, str], dict[str, tuple[str, str]]] = {}  # and by path
 
-    def add(self, name: str, data: bytes) -> None:
-        """Take in a file that TELLING names."""
-        match = TELLING.fullmatch(name)
-        assert match is not None
-        root, machine = match["root"], machine_of(data)
-        if match["program"]:
-            self.programs[name] = machine
-        if machine is None:
-            return
-        self._machines.setdefault(root, Counter())[machine] += 1
-        best, _ = self._glibc.get((root, machine), ("0", ""))
-        # To look for the name of a version is much faster than to read the tables of each file.
-        if any(numbers(one.decode()) > numbers(best) for one in set(GLIBC.findall(data))):
-            newest = glibc_of(data)
-            if newest and numbers(newest) > numbers(best):
+    def add(self, name: str, head: bytes, tail: bytes, size: int) -> None:
+        """Take in a file that tells. head, tail: of its ``size`` bytes; the tail is empty where the head is all."""
+        with _sparse(head, tail, size) as file:
+            machine = machine_of(file)
+            match = TELLING.fullmatch(name)
+            if match and match["program"]:
+                self.programs[name] = machine
+            if machine is None:
+                return
+            told = match or COMPILED.fullmatch(name)
+            assert told is not None
+            root = told["root"]
+            best, _ = self._glibc.get((root, machine), ("0", ""))
+            newest = ""
+            # To look for the name of a version is much faster than to read the tables of each file.
+            if any(numbers(one.decode()) > numbers(best) for one in set(GLIBC.findall(head))):
+                newest = glibc_of(file)
+        if newest and numbers(newest) > numbers(best):
+            if match:
                 self._glibc[root, machine] = newest, match["file"]
+            else:
+                self._compiled.setdefault((root, machine), {})[told["path"]] = newest, told["file"]
+        if match:
+            self._machines.setdefault(root, Counter())[machine] += 1
 
     def needs(self, root: str, interpreter: str) -> Needs:
         """What the environment at ``root`` needs. interpreter: its own one's name in the archive."""
@@ -147,6 +169,33 @@ class Reading:
         if machine is None:
             return Needs()
         return Needs(machine, *self._glibc.get((root, machine), ("", "")))
+
+    def newer(self, root: str, needs: Needs) -> dict[str, Needs]:
+        """Compiled files that need a newer glibc than that: path in site-packages to what they need."""
+        machine = needs.machine or ""
+        return {
+            path: Needs(machine, *found)
+            for path, found in self._compiled.get((root, machine), {}).items()
+            if numbers(found[0]) > numbers(needs.glibc or "0")
+        }
+
+
+@contextmanager
+def _sparse(head: bytes, tail: bytes, size: int) -> Iterator[IO[bytes]]:
+    """A file of that size of which only its two ends are known."""
+    if not tail:
+        yield BytesIO(head)
+        return
+    with TemporaryFile() as file:
+        file.write(head)
+        file.seek(size - len(tail))
+        file.write(tail)
+        yield file
+
+
+def newest(needs: Iterable[Needs]) -> Needs:
+    """Of several on one machine, what covers all."""
+    return max(needs, key=lambda one: numbers(one.glibc or "0"))
 
 
 def misfit(needs: Needs, node: Offer) -> tuple[str, str, str] | None:

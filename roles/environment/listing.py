@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
 from roles.environment import mend, metadata
-from roles.environment.fit import LARGEST, TELLING, Needs, Reading
+from roles.environment.fit import HEAD, TAIL, Needs, Reading, is_telling, newest
 from roles.environment.members import Refused, Tree, shown
 from roles.environment.tar import Members
 
@@ -43,6 +43,7 @@ class Listed:
     unpacked: int
     entries: int
     needs: Needs
+    imports: Mapping[str, Needs]
     strays: tuple[str, ...] = ()
     overwritten: tuple[str, ...] = ()
     unclear: tuple[str, ...] = ()
@@ -77,8 +78,8 @@ class Listing:
             )
         self._tree.add(member)
         name = member.name.rstrip("/")
-        if member.isreg() and member.size <= LARGEST and TELLING.fullmatch(name):
-            self._reading.add(name, members.start_of(member, LARGEST))
+        if member.isreg() and is_telling(name):
+            self._reading.add(name, *members.ends_of(member, HEAD, TAIL), member.size)
         if match := PYTHON_OF_BIN.fullmatch(name):
             link = member.linkname if member.issym() else ""
             self._pythons.setdefault(match["root"], {})[match["name"]] = link
@@ -124,6 +125,10 @@ class Listing:
         if own and self._reading.programs.get(whole) is None:
             raise Refused(f"holds {shown(whole)}, which is no Python interpreter for Linux")
         texts = self._texts.get(root, {})
+        needs = self._reading.needs(root, whole)
+        modules: dict[str, list[Needs]] = {}
+        for module, file in metadata.imported(texts, newer := self._reading.newer(root, needs)):
+            modules.setdefault(module, []).append(newer[file])
         return Listed(
             root,
             version,
@@ -134,7 +139,8 @@ class Listing:
             metadata.editables(texts, map(os.fsdecode, self._prefixes.get(root, ()))),
             self.unpacked,
             self.entries,
-            self._reading.needs(root, whole),
+            needs,
+            {module: newest(several) for module, several in sorted(modules.items())},
         )
 
     def doubtful(self, listed: Listed) -> set[str] | None:

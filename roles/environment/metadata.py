@@ -124,6 +124,26 @@ def recorded(record: str) -> dict[str, str]:
     return found
 
 
+def imported(texts: Texts, files: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Pairs of a top-level module and one of these files, which comes with it: in its folder, or by the record
+    of its distribution (of ``flash_attn`` the compiled part is a module beside it)."""
+    modules: dict[str, set[str]] = {}  # file -> those of its distribution
+    for entry, told in texts.items():
+        if entry.endswith(ENDINGS):
+            paths = recorded(told.get("RECORD", ""))
+            tops = {_top(path) for path in paths if not path.startswith(entry)}
+            for path in paths:
+                modules.setdefault(path, set()).update(tops)
+    for file in files:
+        for module in sorted({_top(file), *modules.get(file, ())}):
+            yield module, file
+
+
+def _top(path: str) -> str:
+    """The module that a path in site-packages begins with: of ``a/b.so`` and of ``a.cpython-311.so`` it is a."""
+    return path.partition("/")[0].partition(".")[0]
+
+
 def spelt(digest: bytes) -> str:
     """A hash as RECORD spells it."""
     return urlsafe_b64encode(digest).rstrip(b"=").decode()

@@ -87,6 +87,15 @@ class Members:
         file = self._tar.extractfile(member) if member.isreg() else None
         return file.read(size) if file else b""
 
+    def ends_of(self, member: tarfile.TarInfo, head: int, tail: int) -> tuple[bytes, bytes]:
+        """The first and the last bytes of the file that was given last; no last ones where the first are all."""
+        file = self._tar.extractfile(member)
+        assert file is not None
+        start, end = file.read(head), b""
+        while chunk := file.read(CHUNK):
+            end = (end + chunk)[-tail:]
+        return start, end
+
     def digest_of(self, member: tarfile.TarInfo) -> bytes:
         """SHA-256 of the member that was given last."""
         digest = hashlib.sha256()

@@ -76,10 +76,12 @@ def test_nothing_is_published_that_nobody_needs_or_that_lies_there() -> None:
     assert drift(target(), there, {"node2": LACK}) == []
 
 
+@pytest.mark.parametrize("imports", [{}, {"torch": Needs("x86_64", "2.34", "x.so")}])
 def test_an_archive_that_runs_on_no_node_that_lacks_it_is_not_published(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, imports: dict[str, Needs]
 ) -> None:
-    fitting = replace(ARCHIVE, needs=Needs("x86_64", "2.34", "x.so"))
+    needs = Needs("x86_64", "2.17" if imports else "2.34", "x.so")
+    fitting = replace(ARCHIVE, needs=needs, imports=imports)
     monkeypatch.setattr(
         sys.modules["roles.environment.sources"], "describe", lambda path, called: fitting
     )

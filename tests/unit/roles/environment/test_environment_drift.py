@@ -567,6 +567,19 @@ def test_an_environment_that_a_node_can_run_is_unpacked(
     assert [finding.id for finding in found] == ["environment-missing"]
 
 
+def test_what_a_declared_import_needs_is_refused_where_it_is_declared(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    needs = {"pyarrow": Needs("x86_64", "2.34", "pyarrow/a.so")}
+    describing(monkeypatch, replace(ARCHIVE, needs=Needs("x86_64", "2.17"), imports=needs))
+    bare = EnvironmentState({"llm": MISSING}, frozenset(), Offer("x86_64", "2.28"))
+    assert [finding.id for finding in drift(target(), bare, {})] == ["environment-missing"]
+    entry = {"archive": "/archives/llm.tar.zst", "imports": ["torch", "pyarrow.lib"]}
+    section = Environments.model_validate({"llm": entry})
+    (finding,) = drift(target(section=section), bare, {})
+    assert finding.id == "environment-glibc" and "pyarrow/a.so" in finding.want
+
+
 def test_an_environment_that_works_on_a_node_is_not_judged_by_what_it_seems_to_need(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -9,7 +9,9 @@ import lzma
 import os
 import random
 import shutil
+import struct
 import subprocess
+import sys
 import tarfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,8 +19,9 @@ from pathlib import Path
 import pytest
 
 from roles.environment import archive, members, tar
-from roles.environment.archive import ArchiveProblem, describe, read
+from roles.environment.archive import ArchiveProblem, describe, read, recalled, remember
 from roles.environment.converge import unpack_options
+from roles.environment.fit import Needs
 from tests.unit.roles.environment.made import ARM, CONDA, VENV, Entry, add, below, elf, pack
 
 Maker = Callable[[Path], Path | None]
@@ -517,6 +520,43 @@ def test_what_an_environment_needs_is_read_from_its_programs(tmp_path: Path) -> 
     assert read(pack(tmp_path / "c.tar", VENV)).needs.machine is None
     arm: list[Entry] = [CONDA[0], ("bin/python3.10", elf(["2.17"], ARM)), *CONDA[2:]]
     assert read(pack(tmp_path / "d.tar", arm)).needs.machine == "aarch64"
+
+
+def test_what_a_declared_import_needs_beyond_that_is_read_from_its_compiled_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In its folder, or by its distribution's record: beside it. One that nobody imports does not count."""
+    monkeypatch.setattr(sys.modules["roles.environment.listing"], "HEAD", 400)
+    site, flash = "lib/python3.10/site-packages", "flash_attn_2_cuda.cpython-310.so"
+    record = f"flash_attn/__init__.py,sha256=a,1\n{flash},sha256=a,1\n../../../bin/x,sha256=a,1\n"
+    big = bytearray(elf(["2.35"]))
+    (headers,) = struct.unpack("<Q", big[40:48])
+    big[40:48] = struct.pack("<Q", headers + (3 << 20))
+    big[headers:headers] = bytes(3 << 20)  # its section headers lie at its end
+    more: list[Entry] = [
+        (f"{site}/pyarrow/libarrow.so.1900", elf(["2.34"])),
+        (f"{site}/pyarrow/_old.so", elf(["2.3"])),
+        (f"{site}/flash_attn/__init__.py", ""),
+        (f"{site}/{flash}", bytes(big)),
+        (f"{site}/flash_attn-2.7.dist-info/RECORD", record),
+        (f"{site}/numpy/core.so", elf(["2.27"])),
+        (f"{site}/usual/x.so", elf(["2.27"])),
+        (f"{site}/text/x.so", b"GLIBC_2.99"),
+    ]
+    found = read(pack(tmp_path / "a.tar", below("llm", [*CONDA, *more])))
+    assert found.needs == Needs("x86_64", "2.27", f"{site}/numpy/core.so")
+
+    def needed(*imports: str) -> tuple[str, str]:
+        needs = found.needs_of(imports)
+        return needs.glibc, needs.glibc_by.removeprefix(f"{site}/")
+
+    assert needed("usual", "text", "nothing") == ("2.27", "numpy/core.so")
+    assert needed("pyarrow.lib") == ("2.34", "pyarrow/libarrow.so.1900")
+    assert needed("pyarrow", "flash_attn") == ("2.35", flash)
+    assert set(found.imports) == {"pyarrow", "flash_attn", "flash_attn_2_cuda"}
+    monkeypatch.setattr(archive, "state_directory", lambda: tmp_path / "state")
+    remember("x", 1, found)
+    assert recalled("x") == (1, found)
 
 
 def test_a_version_table_that_claims_billions_of_entries_ends(tmp_path: Path) -> None:
