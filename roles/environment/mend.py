@@ -4,7 +4,7 @@ Sent to the nodes as text and run by the environment's own interpreter before an
 usable, so: the standard library alone, from Python 3.8 on.
 
     python mend.py ROOT PREFIX             mend the tree at ROOT so that it works when it lies at PREFIX
-    python mend.py ROOT PREFIX leftovers   list what names an old prefix and stays as it is, and why
+    python mend.py ROOT PREFIX leftovers   list what names an old prefix and stays as it is, and why, as JSON
 
 The outcome depends on the tree as it first was and on PREFIX alone, not on the moves between: notes in
 the tree keep what was replaced where, so that every move begins with the first bytes, and the way back
@@ -956,8 +956,7 @@ def main(words: list[str]) -> int:
     gc.disable()  # nothing here refers to itself, and there is much to look through
     try:
         if words[2:] == ["leftovers"]:
-            for path, why in leftovers(root, prefix):
-                print(f"{path}\t{why}")
+            print(json.dumps(leftovers(root, prefix)))
             return 0
         problems = mend(root, prefix)
     except OSError as error:

@@ -37,6 +37,8 @@ VERSION = 2
 """Counts changes of what a proof shows: an older one is stale."""
 SYSTEMD = 232
 """The oldest systemd that a job runs under."""
+RUNNING = "/run/systemd/system"
+"""Is there where systemd runs."""
 
 
 def normal(name: str) -> str:
@@ -139,7 +141,7 @@ def under_systemd() -> list[str]:
 
     A oneshot unit is waited for without the message bus, and by every systemd.
     """
-    if not Path("/run/systemd/system").is_dir():
+    if not Path(RUNNING).is_dir():
         return []
     try:
         said = subprocess.run(["systemd-run", "--version"], stdout=subprocess.PIPE).stdout.decode()

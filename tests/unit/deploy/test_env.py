@@ -1,4 +1,4 @@
-"""``lockstep env diff`` where it cannot be answered: one sentence, and exit code 2."""
+"""``lockstep env`` where it cannot be answered: one sentence, and exit code 2; and what it says of leftovers."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from deploy.env_cli import EnvError, chosen, chosen_nodes
+from deploy.env_cli import EnvError, _asked, chosen, chosen_nodes, listing
 from roles import registry
+from roles.core import session
+from roles.environment.spec import Declared
 
 CLUSTER = """\
 cluster: two
@@ -28,7 +32,7 @@ TWO = "environments: {main: {archive: main.tar}, more: {archive: main.tar, on_pa
         (ONE, ("node1", "x"), None, "declares no node 'x': its nodes are node1, node2"),
         (ONE, ("node1", "node1"), None, "node1 is compared with itself: name another node"),
         (ONE, ("node1", "node2"), "x", "declares no environment 'x': it has main"),
-        (TWO, ("node1", "node2"), None, "several environments: add --environment, of main, more"),
+        (TWO, ("node1", "node2"), None, "several environments: name one of them, main, more"),
         ("", ("node1", "node2"), None, "declares no environment"),
     ],
 )
@@ -50,10 +54,13 @@ def test_the_environment_is_the_only_one_or_the_named_one(tmp_path: Path) -> Non
     assert chosen(registry.read(tmp_path / "cluster.yaml"), "more").name == "more"
 
 
-def test_a_mistake_ends_with_2_and_no_traceback(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "words", [("diff", "node1", "node3"), ("leftovers", "node3"), ("leftovers", "node1", "x")]
+)
+def test_a_mistake_ends_with_2_and_no_traceback(tmp_path: Path, words: tuple[str, ...]) -> None:
     (tmp_path / "cluster.yaml").write_text(CLUSTER + ONE)
     done = subprocess.run(
-        [sys.executable, "-m", "deploy.cli", "env", "diff", "node1", "node3", "--json"],
+        [sys.executable, "-m", "deploy.cli", "env", *words, "--json"],
         env=os.environ | {"LOCKSTEP_CLUSTER": str(tmp_path / "cluster.yaml")},
         capture_output=True,
         text=True,
@@ -61,3 +68,46 @@ def test_a_mistake_ends_with_2_and_no_traceback(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("lockstep: ") and done.stderr.count("\n") == 1
+
+
+def one_environment(tmp_path: Path) -> Declared:
+    (tmp_path / "cluster.yaml").write_text(CLUSTER + ONE)
+    return chosen(registry.read(tmp_path / "cluster.yaml"), None)
+
+
+def test_nodes_answer_in_the_order_in_which_they_were_named_or_the_first_that_cannot_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, answers = one_environment(tmp_path), {"node1": "a", "node2": "b", "node3": ""}
+    failed = session.NodeFailed("cannot connect")
+
+    def run(node: Any, script: str, seconds: int) -> Any:
+        if node.name == "node4":
+            raise failed
+        return SimpleNamespace(stdout=answers[node.name])
+
+    monkeypatch.setattr(session, "run", run)
+    nodes = [SimpleNamespace(name=f"node{number}") for number in (1, 2, 3, 4)]
+
+    def each(look: Any, hosts: Any) -> Any:
+        return {node.name: look(node) for node in hosts}
+
+    reached: Any = SimpleNamespace(nodes=nodes, each=each)
+    assert _asked(reached, ["node2", "node1"], one, "script") == ["b", "a"]
+    with pytest.raises(EnvError, match="node3 has no environment main at /opt/lockstep/envs/main"):
+        _asked(reached, ["node1", "node3"], one, "script")
+    with pytest.raises(EnvError, match="node4 could not be looked at: cannot connect"):
+        _asked(reached, ["node4"], one, "script")
+
+
+def test_leftovers_are_told_by_their_reason_and_not_all_of_them(tmp_path: Path) -> None:
+    one = one_environment(tmp_path)
+    assert listing("node1", one, {}) == (
+        "nothing in main on node1 names another place than /opt/lockstep/envs/main"
+    )
+    found = {f"conda-meta/{number:02}.json": "records of conda" for number in range(22)}
+    lines = listing("node1", one, {**found, "x\udcff": "data"}).splitlines()
+    assert lines[:2] == ["data:", "  'x\\udcff'"]
+    assert lines[3:5] == ["records of conda:", "  conda-meta/00.json"]
+    assert lines[-3] == "  and 2 more" and "conda-meta/20.json" not in "".join(lines)
+    assert lines[-1].startswith("23 files in main on node1")

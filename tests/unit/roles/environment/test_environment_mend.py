@@ -645,7 +645,7 @@ def test_what_stays_is_listed_with_its_reason(tmp_path: Path) -> None:
     mend.mend(root, b"/n")
     program = [sys.executable, "-I", "-S", mend.__file__, str(root), "/n", "leftovers"]
     done = subprocess.run(program, capture_output=True, text=True, check=True)
-    listed = dict(line.split("\t") for line in done.stdout.splitlines())
+    listed = dict(json.loads(done.stdout))
     site = "lib/python3.11/site-packages/llm"
     assert listed[f"{site}/notes.txt"].startswith("data: ")
     assert listed[f"{site}/near.py"] == "part of a longer path or name"

@@ -22,10 +22,10 @@ import pytest
 from inventory.base import Spec
 from inventory.cluster import Cluster, Node
 from roles import environment, pins, trainer
-from roles.core.role import Finding, Role, Target
+from roles.core.role import Finding, Role, Target, Unreadable
 from roles.core.steps import Shell, Upload
-from roles.environment import manifest
-from roles.environment.prove import start_commands
+from roles.environment import leftovers, manifest
+from roles.environment.prove import import_all, start_commands
 from roles.environment.spec import Environments
 from roles.trainer.spec import TrainerSpec
 from tests.unit.roles.environment.made import CONDA, pack
@@ -694,6 +694,73 @@ def test_a_moved_environment_is_mended_where_it_lies_now(right: Machine) -> None
     assert right.converge() == ""
     assert right.ids() == []
     assert shell(str(elsewhere / "bin/greet")) == str(elsewhere)
+
+
+SYSTEMD_RUN = f"""#!{sys.executable}
+import os, sys
+words = sys.argv[1:]
+if words == ["--version"]:
+    sys.exit(print("systemd VERSION (VERSION.2-1~deb12u1)"))
+if os.path.exists(sys.argv[0] + ".broken"):
+    sys.exit("Failed to start transient service unit: Access denied")
+while words[0].startswith("--"):
+    words.pop(0)
+words = [word.replace("$$", "$") for word in words]
+os.execve(words[0], words, {{"INVOCATION_ID": "1", "PATH": "/none"}})
+"""
+
+
+def test_modules_are_imported_in_a_unit_of_systemd_as_a_job_does(
+    right: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs, sent = right.root / "programs", right.root / "sent/roles/environment"
+    programs.mkdir()
+    sent.mkdir(parents=True)
+    (sent.parent / "__init__.py").touch()
+    (sent / "__init__.py").touch()
+    shutil.copy(Path(manifest.__file__).with_name("imports.py"), sent)
+    monkeypatch.setattr(manifest, "__file__", str(sent / "manifest.py"))
+
+    def systemd_of(version: int) -> None:
+        (programs / "systemd-run").write_text(SYSTEMD_RUN.replace("VERSION", str(version)))
+        (programs / "systemd-run").chmod(0o755)
+
+    monkeypatch.setattr("roles.environment.prove.RUNNING", str(right.root))
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    seen = (
+        "import os\nassert (os.environ['INVOCATION_ID'], os.environ['WORD']) == ('1', 'a $HOME')\n"
+    )
+    (right.site / "greeting.py").write_text(seen)
+
+    def said() -> list[tuple[str, str]]:
+        return import_all(right.prefix, ["greeting"], {"WORD": "a $HOME"})[0]
+
+    systemd_of(232)
+    assert said() == []
+    (programs / "systemd-run.broken").touch()
+    reason = "Failed to start transient service unit: Access denied"
+    sentence = f"nothing in {right.prefix} runs under systemd: {reason}"
+    assert said() == [("environment-unit", sentence)]
+    systemd_of(231)  # no job runs under it: as in a login
+    assert [id for id, _ in said()] == ["environment-import"]
+    systemd_of(232)
+    monkeypatch.setattr("roles.environment.prove.RUNNING", str(right.root / "nothing"))
+    assert [id for id, _ in said()] == ["environment-import"]
+
+
+def test_what_still_names_an_old_place_is_listed_with_its_reason(right: Machine) -> None:
+    [one] = right.target(environment.role).spec.each()
+    before = leftovers.read(shell(leftovers.question(one)))
+    assert set(before.values()) <= {"notes of what was mended"}
+    odd = right.site / os.fsdecode(b"\xff \t.txt")
+    odd.write_text(f"made at {OLD}\n")
+    now = leftovers.read(shell(leftovers.question(one)))
+    (path,) = {*now} - {*before}
+    assert right.prefix / path == odd and now[path].startswith("data: ")
+    shutil.rmtree(right.prefix)
+    assert shell(leftovers.question(one)) == ""
+    with pytest.raises(Unreadable):
+        leftovers.read("[1")
 
 
 def wheel(
