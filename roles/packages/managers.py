@@ -96,13 +96,31 @@ def apt(spec: PackagesSpec, action: str, *words: str) -> str:
 def apt_ready(spec: PackagesSpec) -> list[str]:
     """Shell lines that come before any installation with apt.
 
-    The second mends what lacks a dependency that somebody took away: of whatever package, it would
+    The last mends what lacks a dependency that somebody took away: of whatever package, it would
     stop every installation. Where it cannot (a held package is in the way), the installation may.
     """
     return [
-        apt(spec, "update"),
+        *_updating(spec),
         f"{apt(spec, 'install', '-f', '--no-install-recommends', '--no-remove')} || true",
     ]
+
+
+def _updating(spec: PackagesSpec) -> list[str]:
+    """Reads the lists, and refuses a declared source that another key signs.
+
+    apt calls that source unsigned, or goes on with what it knew of it before.
+    """
+    update = apt(spec, "update")
+    signed = [source.url.rstrip("/") for source in spec.sources_of("apt") if source.key]
+    if not signed:
+        return [update]
+    cases = (
+        rf"case $said in *{quote(f'GPG error: {url}')}[\ /]*) echo "
+        f"{quote(f'E: {url} is not signed with the declared key: give packages.sources the one that signs it')}"
+        " >&2; exit 1;; esac"
+        for url in signed
+    )
+    return [f"code=0; {update} || code=$?", *cases, "test $code = 0"]
 
 
 def dnf(spec: PackagesSpec, *words: str) -> str:

@@ -1,4 +1,4 @@
-"""Exact versions, holds and locks against real apt and dpkg, dnf and rpm; with transactions that fail midway.
+"""Exact versions, holds and locks, and declared sources, against real apt and dpkg, dnf and rpm.
 
 A stand-in: the packages hold a text each. One root file system has both families' managers.
 """
@@ -16,7 +16,10 @@ from typing import Literal
 import pytest
 
 from deploy.lab.repository import write_index
-from roles.core.steps import write_file
+from inventory.cluster import Cluster, Node
+from roles.core.role import Finding, Target
+from roles.core.steps import Shell, write_file
+from roles.packages import PackagesState, role
 from roles.packages.fences import (
     LOCKS,
     Installed,
@@ -145,7 +148,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     root = work / "root"
     subprocess.run(
         ["mmdebstrap", "--quiet", "--variant=minbase",
-         "--include=rpm,dnf,dnf-plugins-core,createrepo-c,apt", "bookworm", str(root)],
+         "--include=rpm,dnf,dnf-plugins-core,createrepo-c,apt,gpg,gpg-agent", "bookworm", str(root)],
         check=True, capture_output=True, timeout=600,
     )  # fmt: skip
     repository = root / "srv/repo"
@@ -249,3 +252,110 @@ def test_a_second_version_that_a_cut_transaction_left_goes(root: Path) -> None:
     assert machine.versions()["libnccl"] == f"{OLD} and {NEW}"
     machine.bring(OLD)
     assert machine.versions() == dict.fromkeys(NAMES, OLD)
+
+
+# --- declared sources ---
+
+NODE = Node(name="node1", address="10.77.0.11")
+OWN = {"apt": "/etc/apt/sources.list.d/own.list", "rpm": "/etc/yum.repos.d/own.repo"}
+UNREACHABLE = {
+    "apt": "deb [trusted=yes] http://127.0.0.1:9/ ./",
+    "rpm": "[own]\nname=own\nbaseurl=http://127.0.0.1:9/\ngpgcheck=0\nskip_if_unavailable=0\n",
+}
+SIGN = """
+export GNUPGHOME=/root/keys
+mkdir -p -m 0700 $GNUPGHOME
+for name in right other; do
+  gpg -q --batch --passphrase '' --quick-gen-key "$name <$name@example.invalid>" ed25519 sign never
+done
+cd /srv/signed
+set -- $(sha256sum Packages) $(stat -c %s Packages)
+printf 'Date: %s\nSHA256:\n %s %s Packages\n' "$(date -Ru)" "$1" "$3" >Release
+gpg -q --batch --yes -u right --clearsign -o InRelease Release
+gpgconf --kill all
+"""
+
+
+@dataclass
+class Declared:
+    """What the packages role does on a machine whose sources are declared."""
+
+    machine: Machine
+    spec: PackagesSpec
+
+    def found(self) -> tuple[Target[PackagesSpec], PackagesState, list[Finding]]:
+        target = Target(Cluster("lab", Path("lab.yaml"), {"node1": NODE}), NODE, self.spec)
+        # Both families' managers are there; the probe takes dpkg where it finds it.
+        hidden = 'command() { test "$2" != dpkg-query && type "$2" >/dev/null 2>&1; }\n'
+        script = (hidden if self.machine.manager == "rpm" else "") + role.probe(target)
+        state = role.parse(self.machine.sh(script).stdout.removesuffix("\n"))
+        return target, state, role.drift(target, state, {})
+
+    def converge(self) -> str:
+        """What went wrong in the step that failed, in its last line; nothing where none did."""
+        target, state, findings = self.found()
+        for step in role.converge(target, state, {}, findings):
+            assert isinstance(step, Shell)
+            done = self.machine.sh(f"set -e\n{step.command}", check=False)
+            if done.returncode:
+                return done.stderr.splitlines()[-1]
+        return ""
+
+
+@pytest.fixture
+def plain(root: Path, request: pytest.FixtureRequest) -> Iterator[Machine]:
+    """Neither package is there, and a source of its own that cannot be reached is."""
+    machine = Machine(root, request.param)
+    remove = "apt-get -y purge --allow-change-held-packages" if request.param == "apt" else "rpm -e"
+    machine.sh(f"{remove} {' '.join(NAMES)} 2>&1 || :")
+    saved = {name: (root / path[1:]).read_bytes() for name, path in SOURCES.items()}
+    own = root / OWN[machine.manager][1:]
+    own.write_text(UNREACHABLE[machine.manager])
+    yield machine
+    own.unlink()
+    for name, path in SOURCES.items():
+        (root / path[1:]).write_bytes(saved[name])
+
+
+@pytest.mark.parametrize("plain", ["apt", "rpm"], indirect=True)
+def test_only_declared_sources_are_asked_although_the_nodes_own_cannot_be_reached(
+    plain: Machine,
+) -> None:
+    mirror = {"name": "mirror", "os": plain.manager, "url": "file:///srv/repo"}
+    spec = PackagesSpec.model_validate({"install": [NAMES[0]], "sources": [mirror], "only": True})
+    if plain.manager == "rpm":
+        own = Declared(plain, spec.model_copy(update={"only": False}))
+        assert "for repo 'own'" in own.converge()
+    one = Declared(plain, spec)
+    assert one.converge() == ""
+    assert one.found()[2] == [] and NAMES[0] in plain.versions()
+
+
+@pytest.mark.parametrize("plain", ["apt"], indirect=True)
+def test_a_source_is_taken_with_the_key_that_signs_it_and_refused_with_another(
+    plain: Machine,
+) -> None:
+    repository = plain.root / "srv/signed"
+    repository.mkdir()
+    make_deb(repository, plain.root / "root/signed", NAMES[0], NEW)
+    write_index(repository)
+    plain.sh(SIGN)
+
+    def declared(key: str, *install: str) -> Declared:
+        text = plain.sh(f"GNUPGHOME=/root/keys gpg -q --armor --export {key}").stdout
+        source = {"name": "signed", "os": "apt", "url": "file:/srv/signed", "key": text}
+        values = {"install": list(install), "sources": [source], "only": True}
+        return Declared(plain, PackagesSpec.model_validate(values))
+
+    sentence = "E: file:/srv/signed is not signed with the declared key: give packages.sources the one that signs it"
+    before = plain.sh("dpkg -l").stdout
+    other = declared("other", NAMES[0])
+    assert other.converge() == sentence and plain.sh("dpkg -l").stdout == before
+    assert [each.id for each in other.found()[2]] == ["package-missing"]
+
+    right = declared("right", NAMES[0])
+    assert right.converge() == "" and right.found()[2] == []
+    assert plain.versions() == {NAMES[0]: NEW}
+
+    plain.sh(f"apt-get -y purge {NAMES[0]}")  # apt still knows what the right key signed
+    assert other.converge() == sentence and plain.versions() == {}
