@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from roles.core.role import Finding, Peers, Target
@@ -18,12 +19,19 @@ from roles.exports.spec import (
 )
 from roles.storage.spec import StorageSpec, exported
 
+KERNELS = re.compile(
+    r"autofs|binfmt_misc|bpf|cgroup2?|configfs|debugfs|devpts|devtmpfs|fuse.*|hugetlbfs|mqueue|nfsd|nsfs|overlay"
+    r"|proc|pstore|ramfs|rpc_pipefs|securityfs|squashfs|sysfs|tmpfs|tracefs"
+)
+"""File systems that hold nothing of the shared data: of the kernel, of containers, in memory."""
+
 
 def drift(target: Target[StorageSpec], state: ExportsState, peers: Peers) -> list[Finding]:
     """Findings: on a server with others to serve what is missing or otherwise; elsewhere what was left."""
     if not serves(target):
         return list(_left(state))
-    return list(_directory(target, state)) or [*_files(target, state), *_running(target, state)]
+    there = [*_nested(target, state), *_files(target, state), *_running(target, state)]
+    return list(_directory(target, state)) or there
 
 
 def _left(state: ExportsState) -> Iterator[Finding]:
@@ -45,6 +53,25 @@ def _directory(target: Target[StorageSpec], state: ExportsState) -> Iterator[Fin
             f"{exported(target.spec)}, which this node has exported before",
             "no such directory",
             "mount the disk that holds it; if a new directory is meant, create it",
+            repairable=False,
+        )
+
+
+def _nested(target: Target[StorageSpec], state: ExportsState) -> Iterator[Finding]:
+    """An export ends where another file system begins; what is hidden (snapshots) is nobody's data."""
+    points = [
+        f"{point} ({kind})"
+        for kind, point in state.nested
+        if not KERNELS.fullmatch(kind) and "/." not in point
+    ]
+    if points:
+        directory = exported(target.spec)
+        yield Finding(
+            "export-nested",
+            f"all that lies below {directory} on its own file system, or exported itself",
+            f"{', '.join(points)}, which the other nodes see as an empty directory",
+            f"export it too, by a line of your own in /etc/exports.d and exportfs -ra, or mount it apart from "
+            f"{directory}",
             repairable=False,
         )
 

@@ -10,6 +10,7 @@ from roles.core.role import Target, Unreadable, whole
 from roles.core.steps import quote
 from roles.exports.spec import DROP_IN, FILE, UNIT, serves
 from roles.packages.managers import Manager
+from roles.storage.probe import unescaped
 from roles.storage.spec import StorageSpec, exported
 
 
@@ -20,6 +21,7 @@ class ExportsState:
     file, drop_in: text of Lockstep's own files; None where there is none.
     clients: client of the running server to its options, for that directory.
     elsewhere: files of exports, not Lockstep's, that name it.
+    nested: (kind, point) of what is mounted below it and not exported itself.
     active, enabled: of the service, as systemd says. threads: of the running server; 0 where none runs.
     """
 
@@ -30,6 +32,7 @@ class ExportsState:
     drop_in: str | None = None
     clients: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     elsewhere: tuple[str, ...] = ()
+    nested: tuple[tuple[str, str], ...] = ()
     active: str = ""
     enabled: str = ""
     threads: int = 0
@@ -50,6 +53,13 @@ if test -n "$directory"; then
       if test "$point" = "$directory"; then echo "client $client"; fi
     done <"$etab"
   fi
+  if test -r "$etab"; then set -- "$etab"; else set --; fi
+  real=$(cd "$directory" 2>/dev/null && pwd -P) mounts=$mounts awk '
+FILENAME != ENVIRON["mounts"] {{ known[$1] = 1; next }}
+index($5, ENVIRON["real"] "/") == 1 && ENVIRON["real"] != "" && !known[$5] {{
+  for (i = 7; i <= NF && $i != "-"; i++);
+  print "nested " $(i + 1) " " $5
+}}' "$@" "$mounts" || exit 3
   for other in "$main" "${{file%/*}}"/*.exports; do
     if test "$other" = "$file" || ! test -r "$other"; then continue; fi
     while read -r point client || test -n "$point"; do
@@ -69,7 +79,7 @@ def probe(target: Target[StorageSpec]) -> str:
     directory = exported(target.spec) if serves(target) else ""
     return (
         f"main=/etc/exports file={FILE} drop={DROP_IN} directory={quote(directory)} "
-        f"etab=/var/lib/nfs/etab nfsd=/proc/fs/nfsd/threads{SCRIPT}"
+        f"etab=/var/lib/nfs/etab nfsd=/proc/fs/nfsd/threads mounts=/proc/self/mountinfo{SCRIPT}"
     )
 
 
@@ -80,6 +90,7 @@ def parse(text: str) -> ExportsState:
     texts: dict[str, list[str]] = {}
     clients: dict[str, tuple[str, ...]] = {}
     elsewhere: list[str] = []
+    nested: list[tuple[str, str]] = []
     for line in text.split("\n"):
         key, _, rest = line.partition(" ")
         name, equals, value = line.partition("=")
@@ -90,6 +101,9 @@ def parse(text: str) -> ExportsState:
             if not bracket or not options.endswith(")"):
                 raise Unreadable(f"{rest[:60]!r} is no client of an export")
             clients[client] = tuple(options[:-1].split(","))
+        elif key == "nested":
+            kind, _, point = rest.partition(" ")
+            nested.append((kind, unescaped(point)))
         elif key == "elsewhere":
             elsewhere.append(rest)
         elif key in ("manager", "directory", "installed", "threads"):
@@ -114,6 +128,7 @@ def parse(text: str) -> ExportsState:
         drop_in=known.drop_in,
         clients=clients,
         elsewhere=tuple(elsewhere),
+        nested=tuple(nested),
         active=single["ActiveState"],
         enabled=single["UnitFileState"],
         threads=int(single["threads"]),

@@ -188,7 +188,7 @@ def test_packages_have_each_familys_names_and_only_the_server_needs_them() -> No
 def look(tmp_path: Path, shell: str) -> ExportsState:
     text = (
         f"main={tmp_path}/main file={tmp_path}/own.exports drop={tmp_path}/drop "
-        f"directory={tmp_path}/data etab={tmp_path}/etab nfsd={tmp_path}/threads{SCRIPT}"
+        f"directory={tmp_path}/data etab={tmp_path}/etab nfsd={tmp_path}/threads mounts={tmp_path}/mounts{SCRIPT}"
     ).replace(
         "systemctl show -p ActiveState -p UnitFileState nfs-server.service",
         "printf 'ActiveState=active\\nUnitFileState=enabled\\n'",
@@ -201,6 +201,8 @@ def look(tmp_path: Path, shell: str) -> ExportsState:
 
 @pytest.mark.parametrize("shell", SHELLS)
 def test_the_probe_reads_files_and_the_running_server(tmp_path: Path, shell: str) -> None:
+    mounts = tmp_path / "mounts"
+    mounts.write_text("22 1 8:1 / / rw - ext4 /dev/sda1 rw\n")
     empty = look(tmp_path, shell)
     assert (empty.directory, empty.file, empty.threads) == (False, None, 0) and empty.clients == {}
     (tmp_path / "data").mkdir()
@@ -219,6 +221,42 @@ def test_the_probe_reads_files_and_the_running_server(tmp_path: Path, shell: str
     assert look(tmp_path, shell).elsewhere == (f"{tmp_path}/by hand.exports",)
     (tmp_path / "main").write_text(f"{tmp_path}/data/ 10.0.0.0/8(ro)\n")
     assert look(tmp_path, shell).elsewhere[0] == f"{tmp_path}/main"
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_the_probe_names_what_is_mounted_below_and_not_exported_itself(
+    tmp_path: Path, shell: str
+) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "data").symlink_to("disk")
+    points = ("", "/models", "/a\\040b", "/seen", "2/other")
+    (tmp_path / "mounts").write_text(
+        "".join(f"9 1 8:2 / {tmp_path}/disk{at} rw shared:7 - xfs /dev/sdb rw\n" for at in points)
+    )
+    (tmp_path / "etab").write_text(f"{tmp_path}/disk/seen\t10.77.92.12(rw)\n")
+    nested = look(tmp_path, shell).nested
+    assert nested == (("xfs", f"{tmp_path}/disk/models"), ("xfs", f"{tmp_path}/disk/a b"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "point", "told"),
+    [
+        ("ext4", "/data/models", True),
+        ("zfs", "/data/models", True),
+        ("nfs4", "/data/models", True),
+        ("overlay", "/data/docker/overlay2/a/merged", False),
+        ("fuse.lxcfs", "/data/lxc", False),
+        ("btrfs", "/data/.snapshots", False),
+    ],
+)
+def test_another_file_system_below_the_export_is_told_with_what_to_do(
+    kind: str, point: str, told: bool
+) -> None:
+    seen = state(nested=((kind, point),))
+    assert ids(seen) == (["export-nested"] if told else []) and script(seen) == ""
+    if told:
+        (found,) = role.drift(target(), seen, {})
+        assert not found.repairable and point in found.seen and "exports.d" in found.fix
 
 
 def test_a_node_that_is_not_the_server_is_asked_little() -> None:
