@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from roles.core.steps import quote
 
+POINT = r"""
+function point(word) { gsub(/\/+/, "/", word); if (word != "/") sub(/\/$/, "", word); return word }
+"""
+"""awk: a mount point as the kernel has it, which in the file may have more slashes."""
+
 
 def put(line: str) -> str:
     """Shell that puts this line in the place of those for its mount point, or at the end."""
@@ -22,8 +27,9 @@ def _changed(point: str, line: str) -> str:
         "test -e /etc/fstab.before-lockstep || cp -p /etc/fstab /etc/fstab.before-lockstep\n"
         "cp -p /etc/fstab /etc/fstab.lockstep-new\n"
         f"LOCKSTEP_POINT={quote(point)} LOCKSTEP_LINE={quote(line)} awk '\n"
+        f"{POINT.strip()}\n"
         'BEGIN { line = ENVIRON["LOCKSTEP_LINE"]; done = line == "" }\n'
-        '$0 !~ /^[ \\t]*#/ && $2 == ENVIRON["LOCKSTEP_POINT"] { if (!done++) print line; next }\n'
+        '$0 !~ /^[ \\t]*#/ && point($2) == point(ENVIRON["LOCKSTEP_POINT"]) { if (!done++) print line; next }\n'
         "{ print }\n"
         "END { if (!done) print line }' /etc/fstab > /etc/fstab.lockstep-new\n"
         "mv -f /etc/fstab.lockstep-new /etc/fstab"

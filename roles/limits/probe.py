@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from roles.core.fstab import POINT
 from roles.core.role import Target, Unreadable, whole
 from roles.limits.spec import LimitsSpec
 from roles.limits.system import (
@@ -126,14 +127,14 @@ for f in @settings@ @own@ etc/fstab etc/security/limits.conf etc/security/limits
   etc/pam.d/system-auth etc/pam.d/password-auth etc/pam.d/postlogin \
   etc/ssh/sshd_config etc/ssh/sshd_config.d/*.conf
 do if test -e "$f"; then set -- "$@" "$f"; echo "file $f"; fi; done
-awk '
+awk '@point@
 function show() { print FILENAME "\t" $0 }
 FILENAME ~ /limits$/ { if (/^Max (processes|open files|locked memory) /) show(); next }
 FILENAME ~ /status$/ { if (/^CapEff:/) show(); next }
 FILENAME ~ /meminfo$/ { if (/^MemTotal:/) show(); next }
 FILENAME ~ /^proc\/(sys|self)/ { show(); next }
 /^[ \t]*(#|$)/ { next }
-FILENAME ~ /(mounts|fstab)$/ { if ($2 == "/dev/shm") show(); next }
+FILENAME ~ /(mounts|fstab)$/ { if (point($2) == "/dev/shm") show(); next }
 FILENAME ~ /pam\.d/ { if (/^[ \t]*(@include|-?session)[ \t]/) show(); next }
 FILENAME ~ /sshd_config/ { if (tolower($1) ~ /^(usepam|include)/) show(); next }
 { show() }
@@ -141,6 +142,7 @@ FILENAME ~ /sshd_config/ { if (tolower($1) ~ /^(usepam|include)/) show(); next }
 echo end
 """.strip()
         .replace("@settings@", settings)
+        .replace("@point@", POINT.strip())
         .replace("@own@", f"{SERVICES_FILE[1:]} {SYSCTL_FILE[1:]}")
         .replace("@services@", services_probe(target.spec))
     )

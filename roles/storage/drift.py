@@ -283,7 +283,8 @@ def _own(target: Target[StorageSpec], state: StorageState) -> Iterator[Finding]:
         yield from unwritable
         return
     yield from _full(target, state)
-    yield from _token(target, state, "it is written there: by it the next look knows the disk")
+    if target.spec.manage != "check":
+        yield from _token(target, state, "it is written there: by it the next look knows the disk")
     yield from _modes(state)
 
 
@@ -422,7 +423,8 @@ def _different(target: Target[StorageSpec], state: StorageState, peers: Peers) -
     }
     want = f"{target.spec.path} is one directory for all nodes"
     if state.mark is None:
-        if marked and (target.is_head or state.token is not None):
+        checked = target.spec.manage == "check"
+        if marked and (target.is_head or state.token is not None or checked):
             # A worker's look may be older than what the head just wrote: converging looks again.
             yield Finding(
                 "storage-different",
@@ -478,6 +480,10 @@ def _sees(state: StorageState, name: str, owner: StorageState) -> bool:
 
 
 def _marks(target: Target[StorageSpec], state: StorageState, peers: Peers) -> Iterator[Finding]:
+    """Lockstep's own marks; what they prove is left out where the storage is only checked, and has none."""
+    if target.spec.manage == "check":
+        yield from _modes(state)
+        return
     head = peers.get(target.cluster.head.name)
     if state.mark is None and target.is_head:
         yield Finding(

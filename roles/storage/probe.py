@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, cast
 
+from roles.core.fstab import POINT
 from roles.core.role import Target, Unreadable, whole
 from roles.core.steps import quote
 from roles.packages.managers import Manager
@@ -184,14 +185,15 @@ case $code in
   *) exit $code ;;
 esac
 test -r "$fstab" || fstab=/dev/null
-awk '
+awk '{POINT.strip()}
 FILENAME == "/proc/self/mountinfo" {{
   if ($5 != ENVIRON["path"]) next
   for (i = 7; i <= NF && $i != "-"; i++);
   print "live " $5 " " $(i + 1) " " $(i + 2) " " $(i + 3); next
 }}
 $1 ~ /^#/ || NF < 4 {{ next }}
-$2 == ENVIRON["path"] || index("," $4 ",", ",{OWN},") {{ print "fstab " $1 " " $2 " " $3 " " $4 " " $5 + 0 " " $6 + 0 }}
+{{ at = point($2) }}
+at == ENVIRON["path"] || index("," $4 ",", ",{OWN},") {{ print "fstab " $1 " " at " " $3 " " $4 " " $5 + 0 " " $6 + 0 }}
 ' "$fstab" /proc/self/mountinfo || exit 1
 {shutdown.SHOW.strip()}
 echo end

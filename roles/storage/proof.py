@@ -7,7 +7,8 @@ from roles.core.steps import quote
 from roles.storage.spec import StorageSpec
 
 SCRIPT = r"""
-cd "$path" && test -s .lockstep/id || exit 1
+cd "$path" || exit 1
+test -s .lockstep/id || exit "$unmarked"
 umask 022
 nonce=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
 file=.lockstep/proof.$nonce
@@ -39,6 +40,7 @@ def proof(target: Target[StorageSpec]) -> str:
     path = target.spec.path
     settings = {
         "path": path,
+        "unmarked": "0" if target.spec.manage == "check" else "1",
         "reading": f"cd -- {quote(path)} && cat ",
         "hung": "look whether the server answers that node (ls there, ping SERVER), then verify again",
         "other": f"mount at {path} on that node what the head has there: a copy of it carries the same mark",

@@ -79,6 +79,9 @@ FLAGS = (
 """Options of an NFS mount that may be declared, from nfs(5) and mount(8): with a number, with one of
 some words, alone."""
 
+PLAIN_ONLY = {"sec": "sys", "xprtsec": "none"}
+"""What a node as server takes: Kerberos and TLS need keys and certificates that Lockstep does not set up."""
+
 ALWAYS = ("hard", "_netdev", "nofail")
 SETTINGS = {
     "vers": "version",
@@ -276,6 +279,14 @@ class StorageSpec(Spec):
                         f"is a matter of the server {self.server}, which is no node: leave it out",
                     )
             return
+        for index, option in enumerate(self.options):
+            key, _, value = option.partition("=")
+            if key in PLAIN_ONLY and value != PLAIN_ONLY[key]:
+                yield (
+                    f"options[{index}]",
+                    f"{option!r} would be refused by {node.name}, which exports with {key}={PLAIN_ONLY[key]}: leave "
+                    "it out, or name an outside server that is set up for it",
+                )
         export = exported(self)
         yield from _system("export", export)
         inside = PurePosixPath(export), PurePosixPath(self.path)

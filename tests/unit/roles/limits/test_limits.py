@@ -437,6 +437,12 @@ def test_where_one_sshd_does_all_process_1_stands_for_the_listener(tmp_path: Pat
     assert state.granted["nofile"].hard == 30000
 
 
+def test_a_line_of_fstab_is_known_with_a_slash_at_its_end_too(tmp_path: Path) -> None:
+    tree(tmp_path)
+    (tmp_path / "etc/fstab").write_text("tmpfs /dev/shm/ tmpfs size=1G\ntmpfs /dev/shm/x tmpfs\n")
+    assert run_probe(tmp_path).fstab == ("tmpfs /dev/shm/ tmpfs size=1G",)
+
+
 def test_without_sshd_there_is_no_login_to_judge(tmp_path: Path) -> None:
     tree(tmp_path)
     (tmp_path / "proc/30/status").write_text("Name:\tbash\nPPid:\t1\n")

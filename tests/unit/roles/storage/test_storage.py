@@ -453,6 +453,8 @@ def refusals(**declared: Any) -> dict[str, str]:
         ({"export": "/data/./x"}, "export", "cannot be mounted by NFS here"),
         ({"options": ["rsize=8192", "rsize=65536"]}, "options[1]", "said another time by 'rsize=8192'"),
         ({"options": ["nolock", "noatime", "lock"]}, "options[2]", "keep one of them"),
+        ({"options": ["noatime", "sec=krb5p"]}, "options[1]", "refused by node1, which exports with sec=sys"),
+        ({"options": ["xprtsec=tls"]}, "options[0]", "refused by node1, which exports with xprtsec=none"),
         ({"kind": "existing"}, "server", "belongs to kind: nfs"),
     ],
 )  # fmt: skip
@@ -465,6 +467,8 @@ def test_a_declaration_that_cannot_be_is_refused_before_any_node_is_reached(
 @pytest.mark.parametrize("server", ["node1", "10.9.0.1", "nas.example.com", "fd00::5"])
 def test_a_node_or_an_outside_server_is_taken(server: str) -> None:
     assert refusals(server=server) == {}
+    secure = ["sec=krb5p", "xprtsec=tls"] if server != "node1" else ["sec=sys", "xprtsec=none"]
+    assert refusals(server=server, options=secure) == {}
 
 
 @pytest.mark.parametrize(
@@ -643,9 +647,62 @@ def test_taking_a_line_out_of_fstab_touches_no_other_one(tmp_path: Path) -> None
         assert (done.returncode, file.read_text()) == (0, f"{others}\n")
 
 
+@pytest.mark.parametrize("point", ["/data/", "//data", "/data"])
+def test_a_line_is_known_by_its_point_however_many_slashes_it_has(
+    tmp_path: Path, point: str
+) -> None:
+    file = tmp_path / "fstab"
+    file.write_text(f"nas:/x {point} nfs hard 0 0\nnas:/y /data/x nfs hard 0 0\n")
+    text = probe(replace(HEAD, spec=StorageSpec(kind="existing", path="/data")))
+    seen = parse(sh(text.replace("/etc/fstab", str(file))).stdout.rstrip("\n"))
+    assert [line.text for line in seen.fstab] == ["nas:/x /data nfs hard 0 0"]
+    done = sh("set -e\n" + fstab.put("nas:/x /data/ nfs soft").replace("/etc/fstab", str(file)))
+    assert done.returncode == 0, done.stderr
+    assert file.read_text() == "nas:/x /data/ nfs soft\nnas:/y /data/x nfs hard 0 0\n"
+
+
 def test_a_line_for_another_nfs_server_gives_way_to_the_declared_one() -> None:
     seen = client(fstab=(line("nas:/old /shared nfs defaults 0 0"),))
     assert [found.id for found in client_findings(seen)] == ["nfs-fstab"]
+
+
+CHECKED = SPEC.model_copy(update={"manage": "check"})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_storage_that_is_only_checked_needs_no_marks_of_lockstep(name: str) -> None:
+    """Adopted as it is: nothing is ever written there, and nothing of that may hold a job back."""
+    bare = {node: state(node, mark=None, token=None, tokens={}) for node in NAMES}
+    target = replace(TARGETS[name], spec=CHECKED)
+    assert (
+        role.drift(target, bare[name], {node: bare[node] for node in NAMES if node != name}) == []
+    )
+    left = state(name, tokens={**state(name).tokens, "node9": ("9" * 32,)})
+    assert role.drift(target, left, {node: ALL[node] for node in NAMES if node != name}) == []
+    own = replace(target, spec=OWN.model_copy(update={"manage": "check"}))
+    assert role.drift(own, replace(bare[name], mount=EXT4), {}) == []
+
+
+def test_storage_that_is_only_checked_is_still_judged() -> None:
+    target = replace(WORKER, spec=CHECKED)
+    heads = {"node1": ALL["node1"]}
+    for changes, id in (
+        ({"free": 1}, "checkpoint-disk-full"),
+        ({"mark": None, "token": None, "tokens": {}}, "storage-different"),
+        ({"open": (".lockstep",)}, "storage-modes"),
+    ):
+        assert [one.id for one in role.drift(target, state("node2", **changes), heads)] == [id]
+
+
+def test_the_proof_leaves_storage_alone_that_is_only_checked_and_has_no_mark(
+    tmp_path: Path,
+) -> None:
+    for manage, code in (("check", 0), ("managed", 1)):
+        spec = StorageSpec.model_validate(
+            {"kind": "existing", "path": str(tmp_path), "manage": manage}
+        )
+        assert sh(proof(replace(HEAD, spec=spec))).returncode == code
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_unmounts_waits_for_a_running_job() -> None:
