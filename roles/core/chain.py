@@ -19,7 +19,7 @@ from pyinfra.api.host import Host
 from inventory.cluster import Node
 from roles.core import relay, session
 from roles.core.progress import Progress
-from roles.core.steps import Upload, quote
+from roles.core.steps import Upload, owned, quote
 from roles.core.upload import landing
 
 ATTEMPTS = 2
@@ -102,7 +102,9 @@ def _begin(node: Host, step: Upload) -> str:
         f"set -e\n{landing(node, step.part.parent)}\n"
         f'for f in {folder}/*; do test "$f" = {part} || rm -rf "$f"; done\n'
         f'if test -f {part} && test "$(stat -c %s {part})" -gt {step.size}; then rm -f {part}; fi\n'
-        f": >>{part}\nchown --reference={folder} {part}\nstat -c %s {part}"
+        f": >>{part}\n"
+        f'test "$(stat -c %u {part})" = "$(stat -c %u {folder})" || chown --reference={folder} {part}\n'
+        f"stat -c %s {part}"
     )
 
 
@@ -168,7 +170,7 @@ def _settle(node: Host, step: Upload) -> bool:
     folder, part = quote(str(step.part.parent)), quote(str(step.part))
     found = session.run(
         node,
-        f"set -e\nchown 0:0 {part}; chmod {step.mode} {part}\n"
+        f"set -e\n{owned(part)}\nchmod {step.mode} {part}\n"
         f"if ! echo {quote(f'{step.sha256}  {step.part}')} | sha256sum -c --status -; then\n"
         f"  rm -f {part}; echo wrong; exit 0; fi\n"
         f"sync {part}\nmv -f {part} {quote(step.destination)}; rm -rf {folder}",

@@ -176,6 +176,22 @@ def relabel(path: str) -> str:
     return f"if test -e /sys/fs/selinux/enforce; then restorecon {quote(path)} || :; fi"
 
 
+def owned(words: str) -> str:
+    """Shell that gives to root what root has made, or fails. words: its path, for the shell.
+
+    Where the server of a storage takes root for another user (root_squash), nothing can be given away there: it
+    is that user's already, as all that root makes, and stays so.
+    """
+    return (
+        f"chown 0:0 {words} 2>/dev/null || (\n"
+        f'  new=$(mktemp -d "$(dirname {words})/.lockstep-XXXXXX")\n'
+        '  taken=$(stat -c %u "$new"); rmdir "$new"\n'
+        f'  test "$taken" != 0 && test "$(stat -c %u {words})" = "$taken" ||\n'
+        f'    {{ echo {words} "cannot be given to root, nor is it what root makes there" >&2; exit 1; }}\n'
+        ")"
+    )
+
+
 def write_file(path: str, text: str, mode: str = "0644", backup: bool = True) -> str:
     """Shell that makes the file hold exactly this text, owned by root, at once or not at all.
 
@@ -197,7 +213,7 @@ def write_file(path: str, text: str, mode: str = "0644", backup: bool = True) ->
         f"mkdir -p {quote(str(Path(path).parent))}\n"
         f"{keep}"
         f"(umask 077; printf %s {encoded} | base64 -d > {fresh})\n"
-        f"chown 0:0 {fresh}; chmod {mode} {fresh}\n"
+        f"{owned(fresh)}\nchmod {mode} {fresh}\n"
         f"mv -f {fresh} {target} 2>/dev/null || {{ cat {fresh} > {target}; chmod {mode} {target}; rm -f {fresh}; }}\n"
         f"{relabel(path)}"
     )

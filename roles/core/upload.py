@@ -20,7 +20,7 @@ from pyinfra.api.host import Host
 
 from roles.core import relay, session
 from roles.core.progress import MB, Progress
-from roles.core.steps import Download, UploadFolder, quote
+from roles.core.steps import Download, UploadFolder, owned, quote
 
 # Lines of LIST: digest and path. A file arrives under its digest.
 _PLACE = r"""
@@ -34,7 +34,8 @@ chmod 0755 "$folder"
 while read -r sum path; do
   if test -e "$sum"; then
     case $path in */*) mkdir -p "$folder/${path%/*}";; esac
-    chown 0:0 "$sum"; chmod "$mode" "$sum"
+    @owned@
+    chmod "$mode" "$sum"
     mv -f "$sum" "$folder/$path"
   fi
 done <list
@@ -42,7 +43,7 @@ cd "$folder"
 find . -type f | awk 'NR == FNR { keep["./" $2]; next } !($0 in keep)' "$landing/list" - |
   while read -r path; do rm -f "$path"; done
 rm -rf "$landing"
-"""
+""".replace("@owned@", owned('"$sum"'))
 
 
 def landing(node: Host, folder: PurePosixPath) -> str:
@@ -53,9 +54,16 @@ def landing(node: Host, folder: PurePosixPath) -> str:
     """
     user = str(node.data.get("ssh_user") or os.getuid())  # the control machine itself has no login
     there = quote(str(folder))
+    given = owned(there)
+    if user not in ("root", "0"):
+        sentence = (
+            f"{folder} cannot be given to {user}, who sends files there: where the server of that storage takes root "
+            "for another user, log in as root, or export it with no_root_squash"
+        )
+        given = f"chown {quote(user)} {there} || {{ echo {quote(sentence)} >&2; exit 1; }}"
     return (
         f"umask 022\nmkdir -p {quote(str(folder.parent))}\ntest -d {there} || mkdir -m 0700 {there}\n"
-        f"chown {quote(user)} {there}"
+        f"{given}"
     )
 
 
