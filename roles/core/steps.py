@@ -168,6 +168,22 @@ def settled(words: str) -> str:
     return f"if sync --help | grep -q file-system; then sync -f {words}; else sync; fi"
 
 
+APPEAR_SECONDS = 60
+"""How long a file that another node wrote may take to be seen here; NFS caches absences."""
+
+
+def appears(file: str, parents: Iterable[str], sentence: str) -> str:
+    """Shell that waits until a file which another node wrote is seen here, and ends with the sentence where it is not.
+
+    parents: folders above it, which listed make a client of NFS ask the server again. All are words of the shell.
+    """
+    return (
+        f"left={APPEAR_SECONDS * 2}\nuntil test -e {file}; do\n"
+        f"  ls {' '.join(parents)} >/dev/null 2>&1 || :\n"
+        f"  left=$((left - 1)); test $left -gt 0 || {{ echo {sentence} >&2; exit 1; }}; sleep 0.5\ndone\n"
+    )
+
+
 def relabel(path: str) -> str:
     """Shell that gives a path the context that SELinux's policy has for it, where SELinux is on.
 

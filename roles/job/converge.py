@@ -14,7 +14,7 @@ import yaml
 
 from inventory.job import Job
 from roles.core.role import Finding, Peers, Target
-from roles.core.steps import Meet, Shell, Step, quote, write_file
+from roles.core.steps import APPEAR_SECONDS, Meet, Shell, Step, appears, quote, write_file
 from roles.job import autostart, place
 from roles.job.declared import job_of, members, resolved, run_directory
 from roles.job.drift import is_first, judge, new_launch, new_plan
@@ -25,9 +25,6 @@ from roles.job.unit import end, path, unit_file
 
 DUE = {"job-absent", "job-starting", "job-interrupted"}
 """Findings that a launch, or waiting for one, removes."""
-
-APPEAR_SECONDS = 60
-"""How long a file that the first node wrote may take to be seen elsewhere; NFS caches absences."""
 
 OWN_BEATS_PEER_SECONDS = 3
 """After the first sign of an end: time for the rank that caused it to say so."""
@@ -139,14 +136,10 @@ def start(launch: Launch) -> str:
     directory = launch.attempt_directory
     plan, started = quote(f"{directory}/plan.json"), quote(f"{directory}/{launch.node}.started")
     unseen = f"{directory} is not seen on {launch.node}: do all nodes share that storage?"
+    parents = [quote(f"{launch.run}/{each}") for each in ("..", ".", "attempts")]
     active = f"{launch.unit} is active already on {launch.node}: somebody else started it"
     return (
-        "left=" + str(APPEAR_SECONDS * 2) + "\n"
-        f"until test -e {plan}; do\n"
-        # Listing the parents makes an NFS client ask the server again.
-        f"ls {quote(f'{launch.run}/..')} {quote(launch.run)} {quote(f'{launch.run}/attempts')} >/dev/null 2>&1 || :\n"
-        f"left=$((left - 1)); test $left -gt 0 || {{ echo {quote(unseen)} >&2; exit 1; }}; sleep 0.5\n"
-        "done\n"
+        f"{appears(plan, parents, quote(unseen))}"
         f"if systemctl is-active -q {quote(launch.unit)}; then echo {quote(active)} >&2; exit 1; fi\n"
         f"{write_file(path(launch), unit_file(launch), mode='0600', backup=False)}\n"
         "systemctl daemon-reload\n"

@@ -217,7 +217,7 @@ def test_a_unit_that_somebody_else_started_is_not_written_over(tmp_path: Path, t
 def test_a_plan_that_is_not_seen_here_is_said_to_be_a_matter_of_the_storage(
     tmp_path: Path, tools: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "APPEAR_SECONDS", 1)
+    monkeypatch.setattr("roles.core.steps.APPEAR_SECONDS", 1)
     done = sh(start(light(tmp_path / "empty")), tools)
     assert done.returncode == 1
     assert "do all nodes share that storage?" in done.stderr
