@@ -967,7 +967,7 @@ def test_a_power_cut_at_any_rename_loses_no_file_of_anybody(
     (corpus / "a.txt").write_bytes(b"changed")
     (corpus / "part/extra").write_bytes(b"extra")
     place = site.place("node1")
-    mine = {"a.txt": b"edited", "mine": b"mine", "part/mine": b"mine too"}
+    mine = {"a.txt": b"edited", "mine": b"mine", "part/own": b"mine too"}
     for name, content in mine.items():
         (place / name).write_bytes(content)
     count = tmp_path / "count"
