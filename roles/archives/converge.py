@@ -10,10 +10,14 @@ from roles.archives.probe import ArchivesState, taker
 from roles.archives.taking import take
 from roles.core import relay
 from roles.core.role import Finding, Peers, Target
-from roles.core.steps import Shell, Step
-from roles.environment.parcel import deliver, note
-from roles.environment.spec import Environments
+from roles.core.steps import Shell, Step, Upload
+from roles.environment.converge import alone, prepare
+from roles.environment.parcel import Parcel, deliver, note
+from roles.environment.room import room_for_archive
+from roles.environment.sources import described
+from roles.environment.spec import Declared, Environments
 
+PREPARE_SECONDS = 1800
 FORGET_SECONDS = 300
 """Time limit for the removal of large files from a slow file server."""
 
@@ -29,12 +33,22 @@ def converge(
         if not each.finding.repairable:
             continue
         if each.parcel:
-            if each.parcel.shared(target.cluster):
-                yield Shell(note(target.cluster, each.parcel))
-            yield from deliver(each.parcel, target, state.parcels, peers)
+            coming = deliver(each.parcel, target, state.parcels, peers)
+            yield Shell(_prepare(target, each.one, each.parcel, coming), PREPARE_SECONDS)
+            yield from coming
         elif each.place and target.is_head:
             yield from take(target, each.one, each.place, state.sources[each.one.name])
     for parcel in unnoted(target, state):
         yield Shell(note(target.cluster, parcel))
     if left := unused(target, state):
         yield Shell(forget(target.cluster, left), FORGET_SECONDS)
+
+
+def _prepare(
+    target: Target[Environments], one: Declared, parcel: Parcel, coming: Sequence[Upload]
+) -> str:
+    """Shell that ends, with the reason, where what comes has no room, or a node none to unpack what it gets."""
+    if parcel.shared(target.cluster):
+        rooms = "".join(room_for_archive(one, each) for each in coming)
+        return f"{rooms}{note(target.cluster, parcel)}"
+    return alone(prepare(target, one, described(target.cluster, one), coming))

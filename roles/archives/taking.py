@@ -15,6 +15,7 @@ from roles.core.steps import Download, Shell, Step, quote
 from roles.environment.archive import ArchiveProblem, read
 from roles.environment.parcel import note
 from roles.environment.probe import parcel_of
+from roles.environment.room import ROOM, SPARE_KIB
 from roles.environment.sources import CACHES, folder_of, note_read, on_shared
 from roles.environment.spec import Declared
 from roles.storage.spec import depot
@@ -73,6 +74,7 @@ def _link(place: str, taken: str) -> str:
     return (
         f'umask 022\nS={quote(place)} T={quote(taken)}\nmkdir -p "${{T%/*}}"\nrm -f "$T"\n'
         'case $(stat -L -c %A "$S") in ???????r*) ln -L "$S" "$T" 2>/dev/null && exit 0;; esac\n'
+        f'{ROOM}room "${{T%/*}}" $(($(stat -L -c %s "$S") / 1024 + {SPARE_KIB})) "a copy of $S"\n'
         'cp "$S" "$T" && chmod 0644 "$T" || { rm -f "$T"; exit 1; }\n'
     )
 
@@ -80,11 +82,14 @@ def _link(place: str, taken: str) -> str:
 def _pack(place: str, taken: str) -> str:
     """Shell: a tar of the directory, owned by root, compressed by zstd or else by gzip."""
     return (
-        f'umask 022\nS={quote(place)} T={quote(taken)}\nmkdir -p "${{T%/*}}"\nrm -f "$T" "$T.failed"\ncd "$S"\n'
+        f'umask 022\nS={quote(place)} T={quote(taken)}\nmkdir -p "${{T%/*}}"\nrm -f "$T"\ncd "$S"\n'
+        'trap \'rm -f "$T" "$T.failed"\' EXIT\n'
         "z='gzip -1 -n'; if command -v zstd >/dev/null; then z='zstd -1 -T0 -q'; fi\n"
         f"{{ find . \\( {_LEFT_OUT} \\) -prune -o ! -name . -print0 | LC_ALL=C sort -z |\n"
         "  tar -c --null --no-recursion -T - --owner=0 --group=0 --numeric-owner || "
-        ': >"$T.failed"; } | $z >"$T"\n'
-        'if [ -e "$T.failed" ]; then rm -f "$T" "$T.failed"; '
-        'echo "$S could not be packed: it changed, or cannot be read" >&2; exit 1; fi\n'
+        ': >"$T.failed"; } | $z >"$T" || {\n'
+        '  echo "$S could not be packed: ${T%/*} has $(df -P -k "$T" | awk \'NR == 2 { print int($4 / 1024) }\')'
+        ' MiB free, and that was too little" >&2; exit 1; }\n'
+        'if [ -e "$T.failed" ]; then\n'
+        '  echo "$S could not be packed: it changed, or cannot be read" >&2; exit 1; fi\ntrap - EXIT\n'
     )

@@ -18,7 +18,7 @@ from pyinfra.api.host import Host
 
 from inventory.cluster import Node
 from roles.core import relay, session
-from roles.core.progress import Progress
+from roles.core.progress import MB, Progress
 from roles.core.steps import Upload, owned, quote
 from roles.core.upload import landing
 
@@ -131,8 +131,14 @@ def _from_here(step: Upload, chain: Chain, member: Member) -> None:
                 grows.write(chunk)
                 at += len(chunk)
                 chain.note(member, at)
+            grows.close()  # which tells nothing of writes that failed last
+            if sftp.stat(part).st_size != step.size:
+                raise OSError("the node did not take it all")
     except (OSError, EOFError, SSHException) as error:
-        reason = "the node is silent" if isinstance(error, socket.timeout) else str(error)
+        silent = isinstance(error, socket.timeout)
+        if not silent and (full := _full(node, step, root=False)):
+            raise session.NodeFailed(full) from None
+        reason = "the node is silent" if silent else str(error)
         raise session.NodeFailed(
             f"copying {step.source.name} broke off: {reason}; converging again goes on from there"
         ) from None
@@ -141,7 +147,7 @@ def _from_here(step: Upload, chain: Chain, member: Member) -> None:
 def _from_nodes(step: Upload, chain: Chain, member: Member) -> bool:
     """Take it from the nodes that asked before this one; False when the nearest of them cannot give it all.
 
-    Raises NodeFailed when this node itself is dead.
+    Raises NodeFailed when this node itself is dead, or its disk is full.
     """
     givers = (each for each in chain.before(member) if not each.lost)
     for giver in islice(givers, MOST_GIVERS):
@@ -149,6 +155,8 @@ def _from_nodes(step: Upload, chain: Chain, member: Member) -> bool:
             _take(step, chain, member, giver)
             return True
         except relay.Refused as error:
+            if full := _full(member.node, step, root=True):
+                raise session.NodeFailed(full) from None
             relay.say_refused(member.node, giver.node.name, step.source.name, error)
     return False
 
@@ -163,6 +171,29 @@ def _take(step: Upload, chain: Chain, member: Member, giver: Member) -> None:
 
     with relay.opened(step, giver.node, node, chain.places, _begin(node, step)) as script:
         relay.taken(node, script, step.seconds, look)
+
+
+def _full(node: Host, step: Upload, root: bool) -> str | None:
+    """The sentence for a node whose disk is full, without what arrived there, which would keep it full; else None.
+
+    root: who wrote there; some of a disk is kept for root. What is too much may also be a quota's.
+    """
+    folder = quote(str(step.part.parent))
+    attempt = (
+        f"cd {folder}\nE=$(LC_ALL=C dd if=/dev/zero of=room bs=64k count=16 conv=fsync 2>&1) && E=\n"
+        f"rm -f room\ncase $E in *'No space left'*|*'quota exceeded'*) stat -c %s {quote(step.part.name)};; esac"
+    )
+    try:
+        came = session.run(node, attempt, relay.SECONDS, root=root).stdout.strip()
+        if not came:
+            return None
+        session.run(node, f"rm -rf {folder}", relay.SECONDS)
+    except session.NodeFailed:
+        return None
+    return (
+        f"no room for {step.source.name}: the disk of {step.part.parent.parent} was full when {int(came) // MB} of "
+        f"{step.size // MB} MB had arrived, which are removed; make room there and converge again"
+    )
 
 
 def _settle(node: Host, step: Upload) -> bool:

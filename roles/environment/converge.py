@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from functools import cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from inventory.cluster import Cluster
 from roles.core.role import Finding, Peers, Target
-from roles.core.steps import Shell, Step, quote, settled
+from roles.core.steps import Shell, Step, Upload, quote, settled
 from roles.environment import parcel
 from roles.environment.archive import Archive
 from roles.environment.drift import Action, Pair, pairs, wanted_proof, wanted_stamp
@@ -21,13 +21,12 @@ from roles.environment.parcel import deliver, intact, note, place_of
 from roles.environment.pinned import incomplete
 from roles.environment.probe import BIN_ON_PATH, EnvironmentState, archive_of, parcel_of
 from roles.environment.prove import STAMP
+from roles.environment.room import room
 from roles.environment.sources import described
 from roles.environment.spec import Declared, Environments, unit_variables
 from roles.environment.tar import TOOLS
 
 UNPACK_SECONDS = 1800
-SPARE_KIB, SPARE_INODES = 65536, 1000
-"""What a node's disk must have beyond the environment."""
 ASIDE = f"{STAMP}.aside"
 """The stamp of an environment while something is installed into it."""
 BESIDE = '"$P".lockstep-new-*'
@@ -75,10 +74,11 @@ def converge(
                 yield Shell(alone(put_in_place(one, archive)), UNPACK_SECONDS)
             else:
                 path = place_of(own, target, state.parcels, peers)
+                coming = deliver(own, target, state.parcels, peers)
                 noted = note(target.cluster, own) if path != own.local() and target.is_head else ""
-                yield Shell(alone(prepare(one, archive) + noted), UNPACK_SECONDS)
-                yield from deliver(own, target, state.parcels, peers)
-                command = unpack(one, archive, path, _kept(target.cluster))
+                yield Shell(alone(prepare(target, one, archive, coming) + noted), UNPACK_SECONDS)
+                yield from coming
+                command = unpack(one, archive, path)
                 if seen.stamp.strip() != wanted_stamp(one, archive):
                     command = unless_stamped(one, archive) + command
                 yield Shell(alone(command), UNPACK_SECONDS)
@@ -119,10 +119,13 @@ def _kept(cluster: Cluster) -> list[str]:
     return [archive.file_name for archive in found if archive is not None]
 
 
-def prepare(one: Declared, archive: Archive) -> str:
+def prepare(
+    target: Target[Environments], one: Declared, archive: Archive, coming: Sequence[Upload]
+) -> str:
     """Shell that ends at once, with the reason, on a node that could not unpack: before anything travels there.
 
-    What a broken-off change left makes room first.
+    What a broken-off change left, and archives of earlier versions in the node's own folder, whole or begun, make
+    room first. coming: what brings the archive to the node.
     """
     tool = TOOLS.get(archive.ending)
     needs = (
@@ -134,18 +137,12 @@ def prepare(one: Declared, archive: Archive) -> str:
             "  exit 1; fi\n"
         )
     )
-    kib, inodes = archive.unpacked // 1024 + SPARE_KIB, archive.entries + SPARE_INODES
+    names, folder = "|".join([*map(quote, _kept(target.cluster)), "''"]), f"{parcel.LOCAL}/archives"
     return (
-        f"P={quote(one.prefix)} D={quote(str(PurePosixPath(one.prefix).parent))}\n{needs}"
-        f'{_remove(BESIDE)}mkdir -p "$D"\n'
-        # free MEASURE-OPTION: the free column of a disk's second line; a file system may count no inodes
-        'free() { df -P "$1" "$D" | awk \'NR == 2 { print ($2 > 0 && $4 ~ /^[0-9]+$/) ? $4 : "any" }\'; }\n'
-        "F=$(free -k)\n"
-        f'if [ "$F" != any ] && [ "$F" -lt {kib} ]; then\n'
-        f'  echo "no room for {one.name}: $D has $((F / 1024)) MiB free, {kib // 1024} are needed" >&2; exit 1; fi\n'
-        "F=$(free -i)\n"
-        f'if [ "$F" != any ] && [ "$F" -lt {inodes} ]; then\n'
-        f'  echo "no room for {one.name}: $D takes $F more files, {inodes} are needed" >&2; exit 1; fi\n'
+        f"P={quote(one.prefix)}\n{needs}{_remove(BESIDE)}"
+        f"for f in {folder}/* {folder}/.*.arriving; do n=${{f##*/}}; n=${{n#.}}\n"
+        f'  case ${{n%.arriving}} in {names}) ;; *) rm -rf "$f";; esac; done\n'
+        f"{room(one, archive, coming)}"
     )
 
 
@@ -160,12 +157,8 @@ def unpack_options(archive: Archive) -> str:
     )
 
 
-def unpack(one: Declared, archive: Archive, path: str, kept: Sequence[str] = ()) -> str:
-    """Shell: from the archive at ``path`` to the new environment in place.
-
-    kept: names of archives that stay in the node's own folder; those of earlier versions go, whole or begun.
-    """
-    names, folder = "|".join([*map(quote, kept), "''"]), quote(f"{parcel.LOCAL}/archives")
+def unpack(one: Declared, archive: Archive, path: str) -> str:
+    """Shell: from the archive at ``path`` to the new environment in place."""
     check = intact(archive.sha256, '"$A"')
     return (
         f"umask 022\nP={quote(one.prefix)} N={quote(beside(one, archive))} A={quote(path)}\n"
@@ -179,8 +172,6 @@ def unpack(one: Declared, archive: Archive, path: str, kept: Sequence[str] = ())
         f"{_mend('N', archive)}"
         "trap - EXIT\n"
         f"{put_in_place(one, archive, stamped=False)}"
-        f"for f in {folder}/* {folder}/.*.arriving; do n=${{f##*/}}; n=${{n#.}}\n"
-        f'  case ${{n%.arriving}} in {names}) ;; *) rm -rf "$f";; esac; done\n'
     )
 
 

@@ -6,14 +6,14 @@ under its name counts as it, and is checked again before it is used.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from inventory.cluster import Cluster
 from roles.core.role import Peers, Target
-from roles.core.steps import Step, Upload, appears, quote
+from roles.core.steps import Upload, appears, quote
 from roles.storage.spec import depot
 
 LOCAL = "/var/lib/lockstep"
@@ -62,11 +62,12 @@ def probe(parcels: Iterable[Parcel], cluster: Cluster) -> str:
 
 def deliver(
     parcel: Parcel, target: Target[Any], seen: Collection[str], peers: Peers
-) -> Iterator[Step]:
+) -> list[Upload]:
     """The step that brings it where ``place_of`` says; none where it lies already."""
-    if not _lies(parcel, target, seen, peers):
-        place = place_of(parcel, target, seen, peers)
-        yield Upload(parcel.source, place, parcel.sha256, relayed=parcel.by_nodes)
+    if _lies(parcel, target, seen, peers):
+        return []
+    place = place_of(parcel, target, seen, peers)
+    return [Upload(parcel.source, place, parcel.sha256, relayed=parcel.by_nodes)]
 
 
 def place_of(parcel: Parcel, target: Target[Any], seen: Collection[str], peers: Peers) -> str:

@@ -87,3 +87,44 @@ def test_where_the_middle_of_a_chain_dies_the_next_node_gets_the_file_in_the_sam
     again = chain.pyinfra(deploy(chain, (middle,)), "-y")
     assert again.returncode == 0, again.stderr
     assert begun > BYTES // 6 and has(chain, middle, sha256) and not left(chain, middle)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["from here", "from a node"])
+def test_a_disk_that_fills_up_on_the_way_fails_its_node_alone_and_keeps_nothing(
+    chain: Site, way: str
+) -> None:
+    first, middle, last = chain.nodes
+    full = first if way == "from here" else middle
+    chain.shell(
+        full, f"mkdir -p {DEPOT}; mount -t tmpfs -o size={BYTES + (80 << 20)} tmpfs {DEPOT}"
+    )
+    sha256 = declared(chain, f"fills-{full}")
+    process = chain.start(deploy(chain, (first, middle, last)))
+    try:
+        size = f"stat -c %s {DEPOT}/.*.arriving/* 2>/dev/null || echo 0"
+        chain.wait("begun", lambda: int(chain.shell(full, size)) > BYTES // 8)
+        chain.shell(full, f"cat /dev/zero >{DEPOT}/another 2>/dev/null || :")
+        process.wait(300)
+    finally:
+        process.kill()
+    said = chain.said.read_text()
+    try:
+        sentence = f"[{full}] no room for fills-{full}.tar: the disk of {DEPOT} was full when"
+        assert sentence in said and "Traceback" not in said, said
+        assert chain.shell(full, f"ls -A {DEPOT}") == "another\n" and not left(chain, full)
+        assert f"{full} gives no more" in said and said.count("gives no more") == 1, said
+        for node in {first, middle, last} - {full}:
+            assert has(chain, node, sha256)
+    finally:
+        chain.shell(full, f"umount {DEPOT}")
+    little = chain.shell(full, f"mount -t tmpfs -o size=20m tmpfs {DEPOT}")
+    try:
+        again = chain.pyinfra(deploy(chain, (full,)), "-y")
+        assert again.returncode != 0 and not little, again.stderr
+        assert f"[{full}] no room for the archive of main: {DEPOT} has 20 MiB free" in again.stderr
+        assert chain.shell(full, f"ls -A {DEPOT}") == ""
+    finally:
+        chain.shell(full, f"umount {DEPOT}")
+    assert chain.pyinfra(deploy(chain, (full,)), "-y").returncode == 0
+    assert has(chain, full, sha256)

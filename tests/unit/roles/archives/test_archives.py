@@ -110,7 +110,8 @@ def test_without_shared_storage_or_where_declared_each_node_passes_the_archive_o
         (finding,) = drift(target(name, **where), OLD, {})
         assert finding.id == "archive-undelivered"
         place = f"/var/lib/lockstep/archives/{ARCHIVE.file_name}"
-        (step,) = converge(target(name, **where), OLD, {}, [finding])
+        judge, step = converge(target(name, **where), OLD, {}, [finding])
+        assert isinstance(judge, Shell) and "no room for" in judge.command
         assert step == Upload(Path("/archives/llm.tar.zst"), place, ARCHIVE.sha256, relayed=True)
         there = ArchivesState({}, frozenset({place}), NODE)
         assert drift(target(name, **where), there, {}) == []

@@ -25,6 +25,7 @@ class Transfers:
         self.done: list[tuple[str, str]] = []
         self.silent: set[str] = set()
         self.damaged = 0
+        self.full: str | None = None
         self.step = Upload(source, "/place/file", "ab" * 32, relayed=True)
         self.chain = Chain(self.step, {})
         names = [f"node{number}" for number in range(1, 7)]
@@ -33,6 +34,7 @@ class Transfers:
         monkeypatch.setattr(chain, "_from_here", self.from_here)
         monkeypatch.setattr(chain, "_take", self.take)
         monkeypatch.setattr(chain, "_settle", self.settle)
+        monkeypatch.setattr(chain, "_full", lambda *_, **__: self.full)
         monkeypatch.setattr(session, "say", lambda node, line, *_: self.said.append(line))
 
     def from_here(self, step: Upload, chain: Chain, member: Member) -> None:
@@ -78,6 +80,53 @@ def test_a_node_that_gives_nothing_is_named_and_passed_over(transfers: Transfers
     assert transfers.done[2:] == [("node3", "node2"), ("node3", "node1")]
     (said,) = transfers.said
     assert said.startswith("node2 gives no more of file") and "Permission denied" in said
+
+
+def test_a_node_whose_disk_is_full_fails_itself_and_blames_nobody(transfers: Transfers) -> None:
+    transfers.upload(1)
+    transfers.upload(2)
+    transfers.silent, transfers.full = {"node2"}, "no room for file"
+    with pytest.raises(session.NodeFailed, match="no room for file"):
+        transfers.upload(3)
+    assert transfers.done[2:] == [("node3", "node2")] and transfers.said == []
+
+
+@pytest.mark.parametrize("wrong", ["No space left on device", "Disk quota exceeded", ""])
+def test_what_arrived_on_a_disk_that_filled_up_goes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, wrong: str
+) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(bytes(9_000_000))
+    step = Upload(source, str(tmp_path / "depot/file"), "ab" * 32)
+    part = Path(step.part)
+    part.parent.mkdir(parents=True)
+    part.write_bytes(bytes(4_000_000))
+    tools(tmp_path, monkeypatch, dd=f"echo \"dd: error writing 'room': {wrong}\" >&2; exit 1")
+    full = chain._full(None, step, root=True)
+    if wrong:
+        told = (
+            f"the disk of {tmp_path}/depot was full when 4 of 9 MB had arrived, which are removed"
+        )
+        assert full == f"no room for source: {told}; make room there and converge again"
+        assert not part.parent.exists()
+    else:
+        assert full is None and list(part.parent.iterdir()) == [part]
+
+
+def tools(folder: Path, monkeypatch: pytest.MonkeyPatch, **scripts: str) -> None:
+    """Have what would run on a node run here, with stand-ins for these programs."""
+    place = folder / "tools"
+    place.mkdir()
+    for name, script in scripts.items():
+        (place / name).write_text(f"#!/bin/sh\n{script}\n")
+        (place / name).chmod(0o755)
+
+    def run(node: Any, script: str, *_: Any, **__: Any) -> session.Output:
+        words = ["env", f"PATH={place}:/usr/bin:/bin", "sh", "-c", script]
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
+        return session.Output(done.stdout, done.stderr)
+
+    monkeypatch.setattr(session, "run", run)
 
 
 def test_where_no_node_reaches_another_not_all_of_them_are_tried(transfers: Transfers) -> None:
@@ -136,19 +185,7 @@ def test_a_file_is_on_the_disk_before_it_takes_its_name(
     part = Path(step.part)
     part.parent.mkdir()
     part.write_bytes(b"right")
-    tool = tmp_path / "tools/sync"
-    tool.parent.mkdir()
-    tool.write_text(
-        f'#!/bin/sh\nif test -e {place}; then echo late; fi >>{log}\necho "$@" >>{log}\n'
-    )
-    tool.chmod(0o755)
-
-    def run(node: Any, script: str, *_: Any) -> session.Output:
-        words = ["env", f"PATH={tool.parent}:/usr/bin:/bin", "sh", "-c", script]
-        done = subprocess.run(words, capture_output=True, text=True, check=True)
-        return session.Output(done.stdout, done.stderr)
-
-    monkeypatch.setattr(session, "run", run)
+    tools(tmp_path, monkeypatch, sync=f'echo "$@" $(ls {place} 2>/dev/null) >>{log}')
     assert chain._settle(None, step)
     assert place.read_bytes() == b"right" and log.read_text() == f"{part}\n"
 
