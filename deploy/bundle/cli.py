@@ -16,7 +16,7 @@ from inventory.settings import state_directory
 from roles.editables.source import SourceProblem, source_of
 from roles.environment import sources as environments
 from roles.environment.archive import ArchiveProblem
-from roles.environment.spec import Declared, Environments
+from roles.environment.spec import Declared, Environments, on_shared
 from roles.fetch.spec import FetchSpec
 from roles.packages.managers import Manager
 from roles.packages.sources import apt_line, key_name, rpm_section
@@ -137,7 +137,7 @@ def _environment(
             if one.spec.pins and one.spec.wheels is None:
                 raise
         else:
-            if not environments.on_shared(cluster, one):
+            if not on_shared(cluster, one):
                 name = f"environments/{one.name}.{archive.ending}"
                 source = environments.archive_of(cluster, one)
                 copied = "copied" if store.copy(source, name) else "there already"

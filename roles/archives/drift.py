@@ -15,8 +15,8 @@ from roles.environment.archive import Archive
 from roles.environment.fit import misfit
 from roles.environment.parcel import Parcel
 from roles.environment.probe import archive_of, parcel_of
-from roles.environment.sources import last_read, on_shared
-from roles.environment.spec import Declared, Environments
+from roles.environment.sources import last_read
+from roles.environment.spec import Declared, Environments, on_shared
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from roles.environment.archive import ArchiveProblem, read
 from roles.environment.parcel import note
 from roles.environment.probe import parcel_of
 from roles.environment.room import ROOM, SPARE_KIB
-from roles.environment.sources import CACHES, folder_of, note_read, on_shared
-from roles.environment.spec import Declared
+from roles.environment.sources import CACHES, folder_of, note_read
+from roles.environment.spec import Declared, on_shared
 from roles.storage.spec import depot
 
 TAKE_SECONDS = 3600

@@ -100,6 +100,7 @@ tail -c "+$((SSH_ORIGINAL_COMMAND + 1))" <&3 || exit 1
 waited=0 last=
 while read -r _ at <"/proc/$$/fdinfo/3"; do
   if test "$at" -ge "$size"; then exit 0; fi
+  if ! test -e "$part" && ! test -e "$whole"; then echo 'it has it no more' >&2; exit 1; fi
   if test "$at" = "$last"; then waited=$((waited + 1)); else waited=0 last=$at; fi
   if test "$waited" -gt "$stale"; then echo 'it gets no more of it' >&2; exit 1; fi
   sleep 0.1

@@ -97,8 +97,7 @@ def parcel_of(cluster: Cluster, one: Declared, archive: Archive) -> Parcel:
     """The archive on its way to the nodes."""
     source = sources.archive_of(cluster, one)
     way = one.spec.distribute or ("shared" if depot(cluster) else "nodes")
-    by_nodes = way == "nodes" and sources.on_shared(cluster, one) is None
-    return Parcel(source, archive.sha256, f"archives/{archive.file_name}", by_nodes)
+    return Parcel(source, archive.sha256, f"archives/{archive.file_name}", way == "nodes")
 
 
 STAMPS = f"""

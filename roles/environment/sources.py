@@ -20,7 +20,7 @@ import tarfile
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import IO
 
 from gevent.lock import RLock
@@ -30,8 +30,7 @@ from inventory.cluster import Cluster
 from inventory.errors import InventoryProblem
 from inventory.settings import load_settings, state_directory
 from roles.environment.archive import Archive, ArchiveProblem, describe, recalled, remember
-from roles.environment.spec import Declared
-from roles.storage.spec import shared_path
+from roles.environment.spec import Declared, on_shared
 
 RECIPE = 1
 """Counts changes of this module that change what is made."""
@@ -63,16 +62,6 @@ _answers: dict[tuple[Path, Path], Path | ArchiveProblem] = {}
 
 class Unread(ArchiveProblem):
     """The source lies on the shared storage, and nobody has read it yet."""
-
-
-def on_shared(cluster: Cluster, one: Declared) -> str | None:
-    """Where the archive or the directory lies for the nodes, if it is on their shared storage and cannot be seen here."""
-    shared = shared_path(cluster)
-    if shared is None or (one.spec.archive is None and one.spec.directory is None):
-        return None
-    source = cluster.at_hand(one.spec.source)
-    below = PurePosixPath(source).is_relative_to(shared)
-    return str(source) if below and not os.access(source, os.F_OK) else None
 
 
 def last_read(cluster: Cluster, place: str) -> tuple[object, Archive] | None:

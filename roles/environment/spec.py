@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -118,7 +119,8 @@ class Environment(Strict):
         right version, or the id of a finding about it (env-editable-stale, bnb-cpu).
     ops: DeepSpeed's operators that are compiled before any training starts.
     distribute: the way of the archive: once to the shared storage, from which all nodes read it, or to the
-        first node and from each node to the next; None means shared where there is a shared storage.
+        first node and from each node to the next; None means shared where there is a shared storage. What the
+        control machine does not see there, each node reads itself.
     keep: how many earlier trees stay beside the prefix; declaring the archive of one again puts it back.
     editable: distribution to its source, a folder on the control machine or what ``lockstep bundle`` packed
         of one, that replaces the archive's own.
@@ -228,6 +230,16 @@ class Declared:
         return [] if "commands" in self.spec.model_fields_set else ["accelerate"]
 
 
+def on_shared(cluster: Cluster, one: Declared) -> str | None:
+    """Where the archive or the directory lies for the nodes, if it is on their shared storage and cannot be seen here."""
+    shared = shared_path(cluster)
+    if shared is None or (one.spec.archive is None and one.spec.directory is None):
+        return None
+    source = cluster.at_hand(one.spec.source)
+    below = PurePosixPath(source).is_relative_to(shared)
+    return str(source) if below and not os.access(source, os.F_OK) else None
+
+
 class Environments(Spec):
     """The section ``environments``: a map from names to environments, beside the key ``manage``."""
 
@@ -276,6 +288,12 @@ class Environments(Spec):
                 yield (
                     f"{one.name}.distribute",
                     "there is no shared storage: declare storage, or say nodes, or leave it out",
+                )
+            if one.spec.distribute == "nodes" and (place := on_shared(cluster, one)):
+                yield (
+                    f"{one.name}.distribute",
+                    f"this machine does not see {place}, which each node reads on the shared storage itself: "
+                    "leave distribute out, or give what this machine has",
                 )
             for other in before:
                 paths = PurePosixPath(one.prefix), PurePosixPath(other.prefix)

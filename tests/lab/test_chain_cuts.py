@@ -113,15 +113,15 @@ def test_a_disk_that_fills_up_on_the_way_fails_its_node_alone_and_keeps_nothing(
         sentence = f"[{full}] no room for fills-{full}.tar: the disk of {DEPOT} was full when"
         assert sentence in said and "Traceback" not in said, said
         assert chain.shell(full, f"ls -A {DEPOT}") == "another\n" and not left(chain, full)
-        assert f"{full} gives no more" in said and said.count("gives no more") == 1, said
+        assert f"{full} gives no more" in said, said
         for node in {first, middle, last} - {full}:
             assert has(chain, node, sha256)
     finally:
         chain.shell(full, f"umount {DEPOT}")
-    little = chain.shell(full, f"mount -t tmpfs -o size=20m tmpfs {DEPOT}")
+    chain.shell(full, f"mount -t tmpfs -o size=20m tmpfs {DEPOT}")
     try:
         again = chain.pyinfra(deploy(chain, (full,)), "-y")
-        assert again.returncode != 0 and not little, again.stderr
+        assert again.returncode != 0, again.stderr
         assert f"[{full}] no room for the archive of main: {DEPOT} has 20 MiB free" in again.stderr
         assert chain.shell(full, f"ls -A {DEPOT}") == ""
     finally:

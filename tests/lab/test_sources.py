@@ -6,6 +6,7 @@ Two bare nodes of these tests' own; in this order, each test goes on from what t
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -158,3 +159,32 @@ def test_a_directory_on_the_shared_storage_is_packed_by_the_head_again_when_it_c
     for node in site.nodes:
         assert site.shell(node, "/opt/packed/bin/hello") == "hello\n"
     assert site.verify()["verdict"] == "ok"
+
+
+def test_what_no_environment_uses_any_more_leaves_the_shared_storage(site: Site) -> None:
+    published, notes = STATE / "shared/.lockstep/archives", STATE / "shared/.lockstep/used"
+    (published / "own.tar").write_text("a user's")
+    before = {path.name for path in published.iterdir()}
+    for note in notes.rglob("*.tar*"):
+        os.utime(note, (0, 0))
+    (found,) = site.verify()["findings"]
+    assert found["id"] == "archive-unused" and found["node"] == "node1"
+    site.converge()
+    left = {path.name for path in published.iterdir()}
+    assert len(before) > 3 and len(left) == 2 and "own.tar" in left
+    assert site.verify()["verdict"] == "ok"
+    assert site.converge()["totals"]["success"] == 0
+
+
+def test_a_private_archive_is_read_by_way_of_a_head_that_is_entered_by_sudo(site: Site) -> None:
+    private = STATE / "shared/private.tar"
+    subprocess.run(
+        ["tar", "-cf", str(private), "-C", str(site.directory / "venv"), "."], check=True
+    )
+    private.chmod(0o600)
+    site.declare(nodes=dict(reversed(site.declared()["nodes"].items())))
+    assert site.declared()["nodes"]["node2"]["ssh"]["sudo"]
+    declare(site, archive="/shared/private.tar", prefix="/opt/private")
+    site.converge()
+    assert site.verify()["verdict"] == "ok"
+    assert private.stat().st_mode & 0o777 == 0o600

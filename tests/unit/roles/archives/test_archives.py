@@ -67,6 +67,7 @@ def test_the_head_publishes_what_some_node_needs_and_names_those_nodes() -> None
     steps = list(converge(target(), HAVE, {"node2": OLD}, [finding]))
     note, upload = steps
     assert isinstance(note, Shell) and f"touch {NOTES}/{ARCHIVE.file_name}" in note.command
+    assert "A=$(existing /shared/.lockstep/archives)" in note.command
     assert upload == Upload(Path("/archives/llm.tar.zst"), PLACE, ARCHIVE.sha256)
 
 
@@ -329,8 +330,7 @@ def test_the_head_publishes_it_and_it_is_read_here_and_leaves_no_copy(unseen: Pa
 
     assert drift(of_shared(), seen("1-2-3", place), {}) == []
     assert first(of_shared("node2"), seen(None), {}) is None
-    for way in ("nodes", "shared"):  # every node reads it there, whatever is declared
-        assert f"for p in {place} " in probe(of_shared("node2", distribute=way))
+    assert f"for p in {place} " in probe(of_shared("node2"))
     (changed,) = drift(of_shared(), seen("9-9-9", place), {})
     assert (changed.id, changed.seen) == ("archive-unread", "changed since it was read")
     (again,) = drift(of_shared(), seen("1-2-3"), {})

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 from pyinfra.api import Config, Inventory, State
@@ -89,6 +90,26 @@ def test_a_node_whose_disk_is_full_fails_itself_and_blames_nobody(transfers: Tra
     with pytest.raises(session.NodeFailed, match="no room for file"):
         transfers.upload(3)
     assert transfers.done[2:] == [("node3", "node2")] and transfers.said == []
+
+
+@pytest.mark.parametrize("writes", [True, False])
+@pytest.mark.parametrize("full", [None, "no room for file"])
+def test_what_the_control_machine_cannot_write_is_looked_into_there(
+    transfers: Transfers, monkeypatch: pytest.MonkeyPatch, writes: bool, full: str | None
+) -> None:
+    """A server may refuse a write, or say nothing of the last ones."""
+    sftp = MagicMock()
+    sftp.__enter__.return_value = sftp
+    sftp.open.return_value.__enter__.return_value.write.side_effect = None if writes else OSError(4)
+    sftp.stat.return_value.st_size = 999
+    node = MagicMock()
+    node.connector.client.open_sftp.return_value = sftp
+    monkeypatch.undo()
+    monkeypatch.setattr(session, "run", lambda *_, **__: session.Output("0", ""))
+    monkeypatch.setattr(session, "say", lambda *_: None)
+    monkeypatch.setattr(chain, "_full", lambda *_, **__: full)
+    with pytest.raises(session.NodeFailed, match=full or "copying file broke off"):
+        chain._from_here(transfers.step, transfers.chain, transfers.chain.join(node))
 
 
 @pytest.mark.parametrize("wrong", ["No space left on device", "Disk quota exceeded", ""])

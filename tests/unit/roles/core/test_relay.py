@@ -135,6 +135,16 @@ def test_nothing_but_a_place_to_begin_may_be_asked(home: Path, step: Upload, ask
     assert output == b"" and giver.returncode == 1
 
 
+def test_a_file_that_its_giver_had_to_remove_is_given_up_at_once(home: Path, step: Upload) -> None:
+    Path(step.part).write_bytes(b"begun")
+    grant(step)
+    giver = give(home, "0")
+    assert giver.stdout is not None and giver.stdout.read(5) == b"begun"
+    Path(step.part).unlink()
+    _, said = giver.communicate(timeout=20)
+    assert giver.returncode == 1 and said == b"it has it no more\n"
+
+
 def test_a_file_that_grows_no_more_is_given_up(
     home: Path, step: Upload, monkeypatch: pytest.MonkeyPatch
 ) -> None:

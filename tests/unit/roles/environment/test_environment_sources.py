@@ -21,7 +21,7 @@ from inventory.settings import Settings
 from roles.environment import archive, sources
 from roles.environment.archive import ArchiveProblem
 from roles.environment.sources import archive_of, described
-from roles.environment.spec import Environments
+from roles.environment.spec import Environments, on_shared
 from roles.storage.spec import StorageSpec
 from tests.unit.roles.environment.made import CONDA
 
@@ -71,7 +71,7 @@ def test_a_source_that_cannot_be_looked_at_is_one_sentence_or_the_nodes_to_see(h
     cluster, one = asked(home, directory=f"/shared/{name}")
     storage = StorageSpec.model_validate({"kind": "existing", "path": "/shared"})
     seen = replace(cluster, sections={**cluster.sections, "storage": storage})
-    assert sources.on_shared(seen, one) == f"/shared/{name}"
+    assert on_shared(seen, one) == f"/shared/{name}"
 
 
 def test_a_directory_is_packed_once_and_again_only_when_it_changed(home: Path) -> None:

@@ -96,6 +96,16 @@ def problems(**entries: Any) -> list[tuple[str, str]]:
     return list(section.problems(cluster(section)))
 
 
+@pytest.mark.parametrize("kind", ["archive", "directory"])
+def test_what_only_the_nodes_see_cannot_go_from_node_to_node(kind: str) -> None:
+    ((key, sentence),) = problems(a={kind: "/shared/nowhere/a", "distribute": "nodes"})
+    assert key == "a.distribute"
+    assert sentence.startswith("this machine does not see /shared/nowhere/a, which each node reads")
+    assert not problems(
+        a={kind: "/shared/nowhere/a"}, b={kind: "/b", "distribute": "nodes", "on_path": False}
+    )
+
+
 def test_environments_may_not_overlap_or_lie_on_the_shared_storage_or_share_a_command() -> None:
     assert problems(a={"archive": "a"}, b={"archive": "b"}) == []
     assert problems(a={"archive": "a", "prefix": "/shared/env"})[0][0] == "a.prefix"
