@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
@@ -400,6 +401,21 @@ def test_a_directory_is_packed_whole_and_without_its_caches(unseen: Path) -> Non
     place.rename(unseen / "gone")
     failed = subprocess.run(command, capture_output=True, text=True, check=False)
     assert failed.returncode != 0 and not taken.exists()
+
+
+def test_a_directory_that_has_no_room_when_packed_leaves_nothing(
+    unseen: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, taken, tool = unseen / "env", unseen / "depot/.taken", unseen / "tools/zstd"
+    for path in (place, tool.parent):
+        path.mkdir()
+    tool.write_text("#!/bin/sh\nhead -c 100\nexit 70\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        sh(taking._pack(str(place), str(taken)))
+    assert f"{place} could not be packed: {taken.parent} has " in failed.value.stderr
+    assert not list(taken.parent.iterdir())
 
 
 def test_an_archive_is_published_without_its_bytes_twice(unseen: Path) -> None:
