@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from roles.core.role import Finding, Peers, Target
-from roles.core.steps import Shell, Step, quote
+from roles.core.steps import APPEAR_SECONDS, Shell, Step, quote
 from roles.environment.converge import LOGIN, alone, here_script
 from roles.environment.converge import proof as environment_proof
 from roles.environment.parcel import deliver, intact, place_of
@@ -36,8 +36,12 @@ def converge(
         ]
         site = state.environments.get(one.name, Site())
         if not found:
-            if findings and site.path:
-                yield from deliver(pip_wheel(site.python), target, state.parcels, peers)
+            if findings and site.path:  # the proof takes it from wherever it is seen
+                pip = pip_wheel(site.python)
+                yield from deliver(pip, target, state.parcels, peers)
+                place = place_of(pip, target, state.parcels, peers)
+                if place not in (pip.local(), *state.parcels):
+                    yield Shell(intact(pip.sha256, quote(place)), 2 * APPEAR_SECONDS)
             continue
         if not site.path:
             yield Shell(f"echo {quote(f'there is no environment at {one.prefix}')} >&2; exit 1")

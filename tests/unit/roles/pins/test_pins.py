@@ -28,6 +28,7 @@ from roles.pins.drift import drift, remarks, unmet_of
 from roles.pins.probe import PinsState, Site, parse
 from roles.pins.prove import CHECKED, STAMP, key
 from roles.pins.wheels import pip_wheel
+from roles.storage.spec import StorageSpec
 
 SITE = "/opt/lockstep/envs/llm/lib/python3.11/site-packages"
 NODES = {f"node{n}": Node(name=f"node{n}", address=f"10.0.0.{n}") for n in (1, 2)}
@@ -637,6 +638,23 @@ def test_the_check_judges_as_pip_does_in_a_real_environment(tmp_path: Path) -> N
         "one 1.0 requires two>=3, and two 2.0+cpu is there",
         "one 1.0 requires three, and that is not there",
     ]
+
+
+def test_where_the_head_brought_pip_a_node_waits_until_it_sees_it(tmp_path: Path) -> None:
+    """A client of NFS may hold for a while that it is not there, and the proof would look in vain."""
+    where = target(tmp_path)
+    spec = StorageSpec.model_validate({"kind": "existing", "path": "/shared"})
+    cluster = replace(where.cluster, sections={**where.cluster.sections, "storage": spec})
+    where = replace(where, cluster=cluster, node=NODES["node2"])
+    shared = str(pip_wheel("3.11").shared(cluster))
+    site = replace(state().environments["llm"], checked="")
+    unseen = replace(state(), parcels=frozenset(), environments={"llm": site})
+    seen = replace(unseen, parcels=frozenset({shared}))
+    peers = {"node1": seen}
+    found = drift(where, unseen, peers)
+    (wait,) = converge(where, unseen, peers, found)
+    assert isinstance(wait, Shell) and f"until test -e {shared}" in wait.command
+    assert list(converge(where, seen, peers, found)) == []
 
 
 def test_a_damaged_wheel_is_removed_and_told_before_anything_is_installed(tmp_path: Path) -> None:
