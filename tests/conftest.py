@@ -1,7 +1,9 @@
 """How a whole run goes: side by side what shares nothing; and a skipped test did not pass.
 
 With ``-n 2`` the tests of one file run in their order on one worker, or those of one folder where the folder
-has fixtures of its own; nothing else is shared. Tests on real nodes begin, because they take the longest.
+has fixtures of its own; nothing else is shared. Tests on real nodes begin, because they take the longest, and
+those on machines first of all.
+What tests on real nodes print, which is figures, is said at the end also where they pass.
 A run fails where a test, or a whole file of them, was skipped, unless it needs a GPU.
 """
 
@@ -14,7 +16,9 @@ from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
 TESTS = Path(__file__).parent
+MACHINES = "test_machines.py"
 _skipped: list[str] = []
+_figures: list[str] = []
 
 
 class Together(LoadScopeScheduling):  # type: ignore[misc]
@@ -36,10 +40,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Togethe
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: not item.path.is_relative_to(TESTS / "lab"))
+    lab = TESTS / "lab"
+    items.sort(key=lambda item: (not item.path.is_relative_to(lab), item.path != lab / MACHINES))
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "teardown" and report.nodeid.startswith("tests/lab/"):
+        _figures.extend(report.capstdout.splitlines())
     if report.skipped and "GPU" not in str(report.longrepr):
         _skipped.append(report.nodeid)
 
@@ -51,6 +58,8 @@ def pytest_collectreport(report: pytest.CollectReport) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for line in _figures:
+        terminalreporter.write_line(line)
     for name in _skipped:
         terminalreporter.write_line(f"skipped, which counts as failed: {name}", red=True)
 

@@ -205,10 +205,9 @@ class Site:
         return declared
 
     def declare(self, **changes: Any) -> None:
-        """Rewrite the cluster file with some top-level keys replaced, or left out where they are None."""
-        kept = {key: it for key, it in {**self.declared(), **changes}.items() if it is not None}
+        """Rewrite the cluster file with some top-level keys replaced."""
         # By way of JSON no two keys share a value: YAML would write an alias.
-        alone = json.loads(json.dumps(kept))
+        alone = json.loads(json.dumps({**self.declared(), **changes}))
         self.cluster.write_text(yaml.safe_dump(alone, sort_keys=False))
 
     def prove_briefly(self) -> None:
@@ -227,11 +226,11 @@ class Site:
         path = self.runs / name / "metrics.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-    def wait(self, what: str, condition: Any, seconds: float = 180, every: float = 0.5) -> None:
+    def wait(self, what: str, condition: Any, seconds: float = 180) -> None:
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end, f"after {seconds} s still not: {what}"
-            time.sleep(every)
+            time.sleep(0.5)
 
     def stand_in_kernels(self) -> None:
         """The traces of the kernels whose headers the lab has: the nodes run this machine's."""
