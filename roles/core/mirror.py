@@ -18,11 +18,7 @@ from pyinfra.api.host import Host
 
 from inventory.cluster import Node
 from roles.core import relay, session
-from roles.core.chain import (
-    MOST_GIVERS,
-    Chain,
-    upload,
-)
+from roles.core.chain import MOST_GIVERS, Chain, upload
 from roles.core.here import run_here
 from roles.core.progress import Progress
 from roles.core.steps import UNATTENDED_SSH, Download, Mirror, Upload, quote

@@ -160,9 +160,8 @@ def _held(part: Path, wait: bool) -> Iterator[IO[bytes]]:
     while True:
         with part.open("a+b") as file:
             try:
-                fcntl.flock(
-                    file, fcntl.LOCK_EX | fcntl.LOCK_NB
-                )  # one that waits would stop all greenlets
+                # One that waits would stop all greenlets.
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 if not wait:
                     raise

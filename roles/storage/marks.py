@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from roles.core.role import Finding, Target
-from roles.core.steps import Shell, Step, quote
+from roles.core.steps import APPEAR_SECONDS, Shell, Step, appears, quote
 from roles.storage.drift import strays
 from roles.storage.probe import TOKEN_FILE, StorageState, token_file
 from roles.storage.spec import StorageSpec
 
 RANDOM = "od -An -N16 -tx1 /dev/urandom | tr -d ' \\n'"
-SEEN_SECONDS = 15
-"""How long an NFS client may take to see what another one wrote; listing directories makes it ask."""
 
 
 def marking(
@@ -32,7 +30,7 @@ def marking(
         )
     if ids & {"storage-mark", "storage-different", "storage-token", "storage-missing"}:
         if state.mark is None and not target.is_head and target.spec.kind != "local":
-            yield Shell(_see_the_mark(target, enter), seconds=SEEN_SECONDS + 60)
+            yield Shell(_see_the_mark(target, enter), seconds=APPEAR_SECONDS + 60)
         yield Shell(_token(target, enter))
     if "storage-token-left" in ids:
         folder = f".lockstep/nodes/{target.cluster.name}"
@@ -55,13 +53,7 @@ def _enter(target: Target[StorageSpec], state: StorageState) -> str:
 def _see_the_mark(target: Target[StorageSpec], enter: str) -> str:
     head = target.cluster.head.name
     sentence = f"{target.spec.path} is not the directory that {head} sees: mount the same one on every node"
-    return (
-        f"{enter}end=$(($(date +%s) + {SEEN_SECONDS}))\n"
-        "while ls -a . .lockstep >/dev/null 2>&1; ! test -s .lockstep/id; do\n"
-        f'  if test "$(date +%s)" -ge "$end"; then echo {quote(sentence)} >&2; exit 1; fi\n'
-        "  sleep 1\n"
-        "done"
-    )
+    return f"{enter}{appears('.lockstep/id', ('.', '.lockstep'), quote(sentence))}"
 
 
 def _token(target: Target[StorageSpec], enter: str) -> str:
