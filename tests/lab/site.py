@@ -218,9 +218,10 @@ class Site:
         return declared
 
     def declare(self, **changes: Any) -> None:
-        """Rewrite the cluster file with some top-level keys replaced."""
+        """Rewrite the cluster file with some top-level keys replaced, or left out where they are None."""
+        kept = {key: it for key, it in {**self.declared(), **changes}.items() if it is not None}
         # By way of JSON no two keys share a value: YAML would write an alias.
-        alone = json.loads(json.dumps({**self.declared(), **changes}))
+        alone = json.loads(json.dumps(kept))
         self.cluster.write_text(yaml.safe_dump(alone, sort_keys=False))
 
     def prove_briefly(self) -> None:
@@ -239,11 +240,11 @@ class Site:
         path = self.runs / name / "metrics.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-    def wait(self, what: str, condition: Any, seconds: float = 180) -> None:
+    def wait(self, what: str, condition: Any, seconds: float = 180, every: float = 0.5) -> None:
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end, f"after {seconds} s still not: {what}"
-            time.sleep(0.5)
+            time.sleep(every)
 
     def stand_in_kernels(self) -> None:
         """The traces of the kernels whose headers the lab has: the nodes run this machine's."""
@@ -269,6 +270,14 @@ class Site:
         drop_in = "/etc/systemd/system/opensm.service.d"  # the unit itself comes with its package
         for node in self.nodes:
             self.shell(node, f"mkdir -p {drop_in}; printf %s {quote(OPENSM)} >{drop_in}/lab.conf")
+
+    def words(self, path: str) -> dict[str, Any]:
+        """What to declare so that a few files of this machine come there in the place of a model."""
+        words = self.directory / "words"
+        words.mkdir()
+        for name in ("one", "two"):
+            (words / f"{name}.txt").write_text(f"{name}\n" * 1000)
+        return {"words": {"directory": str(words), "path": path}}
 
     def stand_in_service(self) -> None:
         """A service that does nothing, and that nothing started yet."""
@@ -358,7 +367,7 @@ def bring_up(state: Path, systems: str = OS, count: int = 2) -> Iterator[Site]:
             **{**SECTIONS, "driver": driver},
             environments=_environments(site),
             limits=_limits(site),
-            fetch=_fetch(site),
+            fetch=site.words("/shared/models/words"),
         )
         site.stand_in_kernels()
         site.stand_in_fabric()
@@ -391,15 +400,6 @@ def _environments(site: Site) -> dict[str, Any]:
         "editable": {TOOL.name: str(tool)},
     }
     return declared
-
-
-def _fetch(site: Site) -> dict[str, Any]:
-    """A few files of this machine in the place of a model."""
-    words = site.directory / "words"
-    words.mkdir()
-    for name in ("one", "two"):
-        (words / f"{name}.txt").write_text(f"{name}\n" * 1000)
-    return {"words": {"directory": str(words), "path": "/shared/models/words"}}
 
 
 def _limits(site: Site) -> dict[str, Any]:

@@ -13,24 +13,33 @@ import pytest
 
 from deploy.lab.standins import DRIVER_VERSIONS
 from tests.lab.cycle import Case, cases, cycle, label, plan
-from tests.lab.site import SECTIONS, Site, bare, beside, with_packages
+from tests.lab.site import JOB, SECTIONS, Site, bare, beside, with_packages
 
 pytestmark = pytest.mark.slow
 
 STATE = beside("tests-machines")
 TIMEOUT = 20
 """Seconds that a mount may take, and a server that is gone hold up a shutdown, as the cluster file declares."""
+STOP_SECONDS = 90
+"""systemd's own patience with what does not end: a shutdown that took longer hung."""
 LEAVE = {"manage": "unmanaged"}
 UPGRADE = "driver/kernel-upgraded"
 """It shows whole after a reboot only, so it has a test of its own."""
 DECLARED = {
-    "storage": {"kind": "nfs", "path": "/data", "server": "node1", "timeout": TIMEOUT},
-    "packages": {"local": "/srv/lockstep/packages", "install": []},
+    "storage": {
+        "kind": "nfs",
+        "path": "/data",
+        "export": "/srv/data",
+        "server": "node1",
+        "timeout": TIMEOUT,
+    },
+    "packages": {"local": "/srv/lockstep/packages", "install": ["zstd"]},
     "time": {},
     "driver": {**SECTIONS["driver"], "nodes": ["node1", "node2"], "persistence": False},
     "limits": {"nofile": 1048576, "memlock": "unlimited", "max_map_count": 262144},
     "pdsh": LEAVE,
     "network": LEAVE,
+    "trainer": LEAVE,
 }
 CASES = cases({"node1": "debian", "node2": "debian"}, "vm")
 
@@ -48,9 +57,11 @@ def site() -> Iterator[Site]:
     """node1 serves /data, node2 mounts it; both hold the same file with its checksum."""
     began = time.monotonic()
     packages = with_packages("linux-image-rt-amd64", "linux-headers-rt-amd64")
-    with bare(STATE, "--kind", "vm", *packages, systems="debian") as site:
+    environment = ("--environment", "--trim")
+    with bare(STATE, "--kind", "vm", *environment, *packages, systems="debian") as site:
         print(f"lab up: {time.monotonic() - began:.1f} s", flush=True)
-        site.declare(**DECLARED)
+        without = {**site.declared()["environments"], **LEAVE}
+        site.declare(**DECLARED, environments=without, fetch=site.words("/data/models/words"))
         with timed("first run"):
             site.converge()
         write = "dd if=/dev/urandom of=whole bs=1M count=16 conv=fsync && sha256sum whole >sum"
@@ -61,6 +72,7 @@ def site() -> Iterator[Site]:
 def same_files(site: Site) -> None:
     for node in site.nodes:
         assert site.shell(node, "cd /data && sha256sum -c sum") == "whole: OK\n"
+        assert site.shell(node, "wc -l </data/models/words/two.txt") == "1000\n"
 
 
 def test_a_second_run_changes_nothing_and_both_nodes_see_the_same_files(site: Site) -> None:
@@ -151,11 +163,12 @@ def test_a_shutdown_loses_nothing_and_ends_in_the_declared_time_where_the_server
     )
     took = {"with the server": shut_down(site, "node2")}
     power(site, "start", "node2")
+    one_run_brings_all_right(site)
     assert whole(site, "last")
-    site.shell("node2", "ls /data")
     power(site, "cut", "node1")
     took["without it"] = shut_down(site, "node2")
     power(site, "start", "node1", "node2")
+    one_run_brings_all_right(site)
     write_without_end(site)
     power(site, "cut", "node1")
     took["without it, while writing"] = shut_down(site, "node2")
@@ -165,21 +178,38 @@ def test_a_shutdown_loses_nothing_and_ends_in_the_declared_time_where_the_server
     assert site.shell("node2", "ls /data", check=False) == ""
     listed = time.monotonic() - began
     print(f"ls without the server: {listed:.1f} s, declared {TIMEOUT} s", flush=True)
+    with timed("a run without the server"):
+        refused = site.pyinfra("deploy/cluster.py", "-y", "--limit", "node2")
+    assert refused.returncode == 1 and "nfs-server-silent" in refused.stderr, refused.stderr[-4000:]
     power(site, "start", "node1")
     one_run_brings_all_right(site)
     assert whole(site, "last")
+    assert took["with the server"] < STOP_SECONDS
     assert max(took.values()) < took["with the server"] + TIMEOUT
     assert listed < TIMEOUT + took["with the server"]
 
 
-def test_a_write_goes_on_while_its_server_reboots_and_all_may_reboot_at_once(site: Site) -> None:
+UNPLUGGED = r"""
+dev=$(ip -o route get {address} | sed 's/.* dev \([^ ]*\) .*/\1/')
+ip link set "$dev" down; sleep 20; ip link set "$dev" up
+"""
+
+
+def test_a_write_goes_on_after_its_network_and_its_server_were_gone_and_all_may_reboot_at_once(
+    site: Site,
+) -> None:
     slowly = "for each in $(seq 90); do head -c 262144 /dev/urandom; sleep 1; done"
     writer = f"{{ {slowly}; }} | {summed('through')}"
     site.shell(
         "node2", f"cat >/root/through.sh <<'end'\n{writer}\nend\nsystemd-run -q sh /root/through.sh"
     )
+    unplugged = UNPLUGGED.format(address=site.declared()["nodes"]["node1"]["address"])
+    with timed("network of node2 cut"):
+        site.shell("node2", unplugged)
+    assert site.shell("node2", "ls /root/through", check=False) == ""
     reboot(site, "node1")
     site.wait("it is written", lambda: site.shell("node2", "ls /root/through", check=False), 300)
+    one_run_brings_all_right(site)
     assert whole(site, "through")
     reboot(site, "--all", "--at-once")
     one_run_brings_all_right(site)
@@ -192,6 +222,64 @@ def test_a_power_cut_of_both_during_a_write_is_over_after_one_run(site: Site) ->
     power(site, "start", "node1", "node2")
     one_run_brings_all_right(site)
     assert whole(site, "through")
+
+
+RUN, STEPS, EVERY = "machines", 120, 20
+"""A job, its steps, and after how many it writes a checkpoint."""
+
+
+def checkpoint(site: Site, last: int) -> int:
+    """Wait until the job has a complete checkpoint of a later step than this; its step."""
+    look = f"cd /data/runs/{RUN}/checkpoints 2>/dev/null && ls step-*/COMPLETE"
+    found = [last]
+
+    def there() -> bool:
+        names = site.shell("node1", look, check=False).split()
+        found[:] = [last, *(int(name.removeprefix("step-").partition("/")[0]) for name in names)]
+        return max(found) > last
+
+    with timed(f"a checkpoint after step {last}"):
+        site.wait("a complete checkpoint", there, 900, every=5)
+    return max(found)
+
+
+def test_a_job_on_the_mount_goes_on_after_a_power_cut_of_either_node(site: Site) -> None:
+    """After the worker's by one run; after that of the server, which is the head, by itself."""
+    brief = {"imports": ["numpy"], "commands": []}  # torch is imported by the job
+    main = {**site.declared()["environments"]["main"], **brief}
+    data = {**JOB["trainer"]["data"], "files": ["/data/text/*"]}
+    trainer = {"data": data, "steps": STEPS, "checkpoint": {"every": EVERY}}
+    declared = {"name": RUN, "first_step_seconds": 900, "trainer": trainer}
+    job = site.write_job(**declared)
+    site.shell("node1", "mkdir /data/text; cp -L /usr/share/common-licenses/GPL* /data/text")
+    site.declare(environments={"main": main}, trainer=None, job=str(job))
+    with timed("environment brought, job started"):
+        site.converge()
+    last = checkpoint(site, 0)
+    site.shell("node2", f"systemctl kill -s STOP lockstep-{RUN}.service")  # still in the middle
+    power(site, "cut", "node2")
+    power(site, "start", "node2")
+    with timed("resumed by one run"):
+        site.converge()
+    site.write_job(**declared, autostart=True)
+    site.converge()
+    checkpoint(site, last)
+    site.shell("node2", f"systemctl kill -s STOP lockstep-{RUN}.service")
+    power(site, "cut", "node1")
+    power(site, "start", "node1")
+    ended = f"ls /data/runs/{RUN}/complete.json 2>/dev/null"
+    with timed("resumed by itself, and complete"):
+        site.wait("it is complete", lambda: site.shell("node1", ended, check=False), 900, every=5)
+    text = site.shell("node1", f"cat /data/runs/{RUN}/metrics.jsonl")
+    records = [json.loads(line) for line in text.splitlines()]
+    written = [record["step"] for record in records]
+    assert written == sorted(set(written)) and written[-1] == STEPS
+    first = {record["attempt"]: record["step"] for record in reversed(records)}
+    print(first, flush=True)
+    assert sorted(first) == [1, 2, 3] and first[3] > first[2] > EVERY
+    site.write_job(**declared)
+    one_run_brings_all_right(site)
+    site.declare(environments={"main": main, **LEAVE}, trainer=LEAVE, job=None)
 
 
 def test_a_kernel_without_headers_boots_without_the_driver_until_one_run_builds_and_loads_it(
