@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
-from tests.lab.cycle import Case, cycle, label, nothing_is_left, plan, shares
+from tests.lab.cycle import Case, cycle, label, plan, shares
 from tests.lab.site import JOB, MIRRORED, Site, beside, bring_up
 
 pytestmark = pytest.mark.slow
@@ -29,7 +29,3 @@ def test_every_break_is_named_by_verify_and_repaired_by_one_run(
     site: Site, broken: Sequence[Case]
 ) -> None:
     cycle(site, broken)
-
-
-def test_nothing_of_it_is_left(site: Site) -> None:
-    nothing_is_left(site)

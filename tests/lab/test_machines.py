@@ -224,7 +224,7 @@ def test_a_power_cut_of_both_during_a_write_is_over_after_one_run(site: Site) ->
     assert whole(site, "through")
 
 
-RUN, STEPS, EVERY = "machines", 120, 20
+RUN, STEPS, EVERY = "machines", 50, 10
 """A job, its steps, and after how many it writes a checkpoint."""
 
 
@@ -261,10 +261,10 @@ def test_a_job_on_the_mount_goes_on_after_a_power_cut_of_either_node(site: Site)
     power(site, "start", "node2")
     with timed("resumed by one run"):
         site.converge()
-    site.write_job(**declared, autostart=True)
-    site.converge()
     checkpoint(site, last)
     site.shell("node2", f"systemctl kill -s STOP lockstep-{RUN}.service")
+    site.write_job(**declared, autostart=True)
+    site.converge()
     power(site, "cut", "node1")
     power(site, "start", "node1")
     ended = f"ls /data/runs/{RUN}/complete.json 2>/dev/null"

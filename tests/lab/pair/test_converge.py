@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from roles.job.decide import STARTING_SECONDS
-from tests.lab.cycle import Case, cycle, label, nothing_is_left, plan, shares
+from tests.lab.cycle import Case, cycle, label, plan, shares
 from tests.lab.site import BIN, JOB, NODES, ROOT, Site
 
 
@@ -130,10 +130,6 @@ def test_what_only_this_pair_can_show_is_named_and_repaired_as_well(
     brief: Site, broken: Sequence[Case]
 ) -> None:
     cycle(brief, broken)
-
-
-def test_nothing_of_what_broke_is_left(brief: Site) -> None:
-    nothing_is_left(brief)
 
 
 def test_a_power_cut_during_training_resumes_from_the_checkpoint_with_one_run(
