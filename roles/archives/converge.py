@@ -29,6 +29,8 @@ def converge(
     takes what lies on the shared storage."""
     if state.stale_keys:
         yield Shell(relay.sweep(target.node.ssh.user, taker(target)))
+    # As the head saw them: what is read below makes more known than the probe could ask for.
+    lacking, left = unnoted(target, state), unused(target, state)
     for each in list(missing(target, state, peers)):
         if not each.finding.repairable:
             continue
@@ -38,9 +40,9 @@ def converge(
             yield from coming
         elif each.place and target.is_head:
             yield from take(target, each.one, each.place, state.sources[each.one.name])
-    for parcel in unnoted(target, state):
+    for parcel in lacking:
         yield Shell(note(target.cluster, parcel))
-    if left := unused(target, state):
+    if left:
         yield Shell(forget(target.cluster, left), FORGET_SECONDS)
 
 

@@ -341,6 +341,20 @@ def test_the_head_publishes_it_and_it_is_read_here_and_leaves_no_copy(unseen: Pa
     assert gone.id == "archive-unpublished" and not gone.repairable and UNSEEN in gone.fix
 
 
+def test_nothing_is_removed_in_the_run_that_reads_what_an_environment_uses(unseen: Path) -> None:
+    state = replace(seen("1-2-3"), unused={DROPPED: 5})
+    found = drift(of_shared(), state, {})
+    assert [finding.id for finding in found] == ["archive-unread"]
+    steps = converge(of_shared(), state, {}, found)
+    next(steps)
+    brought = next(steps)
+    assert isinstance(brought, Download)
+    brought.destination.parent.mkdir(parents=True)
+    pack(brought.destination, CONDA)
+    (published,) = steps
+    assert isinstance(published, Shell) and DROPPED not in published.command
+
+
 def test_one_that_is_refused_is_not_published(unseen: Path) -> None:
     steps = converge(of_shared(), seen("1-2-3"), {}, drift(of_shared(), seen("1-2-3"), {}))
     next(steps)
