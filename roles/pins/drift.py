@@ -193,10 +193,11 @@ def wrongs(target: Target[Environments], state: PinsState, one: Declared) -> Ite
             found[name] = version, *different
     last = _last(versions, present, found, archive)
     for name, rivals in last.items():
-        if name not in found and name in present:
-            version = versions.get(name, of_metadata(present[name][0])[1])
+        there = present.get(normal_name(name))
+        if name not in found and there:
+            version = versions.get(name) or of_metadata(there[0])[1]
             seen = f"{' and '.join(rivals)}, which {'has' if len(rivals) == 1 else 'have'} the same files, to be installed"
-            found[name] = version, "pin-version", seen, tuple(present[name])
+            found[name] = version, "pin-version", seen, tuple(there)
     wheels, problems = {}, {}
     for name, (version, *_) in found.items():
         try:

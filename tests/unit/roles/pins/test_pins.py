@@ -523,22 +523,24 @@ def test_of_two_libraries_of_one_name_the_one_that_torch_requires_is_installed_l
         assert installed_by(stuck, venv, site, tmp_path / "node") == []
 
 
+@pytest.mark.parametrize("cu12", ["nvidia-nccl-cu12", "nvidia_nccl_cu12"])
 def test_what_must_come_last_has_no_record_until_it_is_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cu12: str
 ) -> None:
     """It fails after the other one has written its library: the next look must not take it for right."""
     describing(monkeypatch, **OVERWRITTEN)
     for number, version in (("11", "2.15.0"), ("12", "2.21.5")):
         wheel(tmp_path, f"nvidia_nccl_cu{number}-{version}-py3-none-any.whl")
-    where = of({"wheels": str(tmp_path), "pins": {**BOTH, "nvidia-nccl-cu11": "2.15.0"}})
+    pins = {"nvidia-nccl-cu11": "2.15.0", cu12: "2.21.5"}
+    where = of({"wheels": str(tmp_path), "pins": pins})
     seen = state(*UNPACKED, "nvidia_nccl_cu11-2.14.3.dist-info")
     found = drift(where, seen, {})
-    assert [each.want.split()[0] for each in found] == ["nvidia-nccl-cu11", "nvidia-nccl-cu12"]
+    assert [each.want.split()[0] for each in found] == ["nvidia-nccl-cu11", cu12]
     install = list(converge(where, seen, {}, found))[-1]
     assert isinstance(install, Shell)
     first, second = install.command.split("nvidia-nccl-cu11==2.15.0", 1)
     assert f"rm -rf -- {SITE}/{UNPACKED[1]}\n" in first
-    assert "nvidia-nccl-cu12==2.21.5" in second and UNPACKED[1] not in second
+    assert f"{cu12}==2.21.5" in second and UNPACKED[1] not in second
 
 
 def test_two_records_of_which_neither_holds_are_the_archives_own_fault(
