@@ -22,7 +22,7 @@ from inventory.cluster import Cluster
 
 if TYPE_CHECKING:
     from deploy.reach import Reached
-    from roles.verify import Report, Verdict
+    from roles.verify import Report, Verdict, Waiting, Wrong
 
 LOOK_SECONDS = 20
 BOOT_SECONDS = 900
@@ -96,7 +96,7 @@ class Drained:
 
 @dataclass(frozen=True)
 class Outcome:
-    """restarts: in the order of the reboots. report: what verify finds on those nodes, see ``report_of``."""
+    """restarts: in the order of the reboots. report: what verify finds of those nodes, see ``report_of``."""
 
     restarts: Sequence[Restart]
     drained: Sequence[Drained]
@@ -226,10 +226,9 @@ def reboot(
         _release(reached, drained, say)
         raise
     done = [each.node for each in restarts]
+    why = "was not rebooted" if restarts[-1].state == "untouched" else "is not right yet"
     restarts += [
-        Restart(name, "untouched", reason=f"{done[-1]} is not right yet")
-        for name in names
-        if name not in done
+        Restart(name, "untouched", reason=f"{done[-1]} {why}") for name in names if name not in done
     ]
     if all(each.state == "back" for each in restarts):
         _release(reached, drained, say)
@@ -455,14 +454,30 @@ def _not_up(node: Any, before: Boot) -> str:
 
 
 def report_of(reached: Reached, names: Sequence[str], drained: Sequence[str]) -> Report:
-    """What verify finds on those nodes, with its proofs; not that a job that was drained stands still."""
-    from roles import job
+    """What verify finds of those nodes, with its proofs; not that a job that was drained stands still.
+
+    Of those nodes is what is wrong on them, what the proofs between nodes say of them, which stands at the node
+    that ran the proof, and the storage of every node where the one that serves it is among them.
+    """
+    from roles import job, storage
+    from roles.core.role import PROVED
     from roles.job.declared import job_of
     from roles.verify import report
 
+    looks = reached.run.looks
     for node in reached.nodes:
-        reached.run.looks.forget(node)
-    found = report(reached.run.looks, reached.nodes, reached.each)
+        looks.forget(node)
+    found = report(looks, reached.nodes, reached.each)
+    served = server_of(reached.cluster) in names
+    crossing = [role.name for role in looks.roles if role.crossing]
+
+    def there(each: Wrong | Waiting) -> bool:
+        return each.node in names or (served and each.role == storage.role.name)
+
+    def between(each: Wrong) -> bool:
+        words = each.seen.split() if each.role in crossing and each.want == PROVED else []
+        return not set(names).isdisjoint(words)
+
     declared = job_of(reached.cluster)
     waits = declared is not None and declared.name in drained
     return replace(
@@ -470,10 +485,10 @@ def report_of(reached: Reached, names: Sequence[str], drained: Sequence[str]) ->
         findings=[
             each
             for each in found.findings
-            if each.node in names
+            if (there(each) or between(each))
             and not (waits and each.role == job.role.name and each.id in WAITING)
         ],
-        waiting=[each for each in found.waiting if each.node in names],
+        waiting=[each for each in found.waiting if there(each)],
         identity=(),
     )
 
@@ -491,12 +506,15 @@ def text(found: Outcome) -> str:
             f"job {job.name} waits {place}: pyinfra inventory.py deploy/cluster.py resumes it"
         )
     done = [each.node for each in found.restarts if each.state != "untouched"]
-    lacking = found.report.findings or any(each.state != "back" for each in found.restarts)
+    left = [each.node for each in found.restarts if each.state == "untouched"]
+    lacking = found.report.findings or any(each.state == "incomplete" for each in found.restarts)
     parts.append(
         {
             "ok": f"ok: {', '.join(done)}: rebooted, and as declared",
             "drift": "drift: something did not come back; run pyinfra inventory.py deploy/cluster.py"
             if lacking
+            else f"drift: {', '.join(left)}: not rebooted, see REASON; run lockstep reboot again once that is over"
+            if left
             else f"drift: {', '.join(done)}: rebooted, but not all of it can be judged; lockstep verify names the cause",
             "unreadable": "unreadable: not everything is back, or could be looked at",
         }[found.verdict]

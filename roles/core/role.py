@@ -81,6 +81,8 @@ class Finding:
 
 AGAIN = "run pyinfra inventory.py deploy/cluster.py, then verify again"
 """What mends most of what a proof finds: a proof that fails takes back its stamp, and the next run sees that."""
+PROVED = "proved"
+"""What is wanted by each finding of a proof, and by no other."""
 
 
 def proved_wrong(text: str) -> list[Finding]:
@@ -88,7 +90,7 @@ def proved_wrong(text: str) -> list[Finding]:
     found = []
     for line in filter(str.strip, text.splitlines()):
         id, sentence, fix, *_ = [*line.split("\t", 2), "", ""]
-        found.append(Finding(id, "proved", sentence, fix or AGAIN, repairable=not fix))
+        found.append(Finding(id, PROVED, sentence, fix or AGAIN, repairable=not fix))
     return found
 
 

@@ -17,8 +17,9 @@ import pytest
 from deploy import cli, jobs_cli, reboot
 from inventory.base import Spec
 from inventory.cluster import Cluster, Node
-from roles import registry
+from roles import registry, verify
 from roles.core import session
+from roles.core.role import PROVED
 from roles.job.plan import Plan
 from roles.job.probe import Attempt, parse
 from roles.storage.spec import StorageSpec
@@ -50,6 +51,7 @@ class Stage:
 
 
 NAMES = ("main", "one", "two")
+REPORT_OF = reboot.report_of
 HEALTHY = "boot a\nnow 1\ncores 1\ngpus 0\n{}\nend"
 UNIT = "Id=lockstep-long.service\nDescription=Lockstep job long, attempt 3\nActiveState=active\nResult=success\n"
 
@@ -360,6 +362,59 @@ def test_a_job_that_begins_meanwhile_is_not_cut_off_either(
     code, found = outcome(capsys, "--all", *more)
     assert code == 1 and "two" not in stage.ordered
     assert found["nodes"][1]["reason"] == "job long was started meanwhile"
+    assert more or found["nodes"][2]["reason"] == "two was not rebooted"
+
+
+def test_a_node_that_was_not_rebooted_is_not_said_to_lack_something(
+    stage: Stage, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reboot, "_began", lambda *_: "job long was started meanwhile")
+    assert cli.main(["reboot", "two"]) == 1
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.startswith("drift: two: not rebooted, see REASON; run lockstep reboot again")
+    stage.report = Report(findings=[Wrong("two", "time", "offset", "1", "2", "fix")])
+    assert cli.main(["reboot", "two"]) == 1
+    assert "something did not come back" in capsys.readouterr().out
+
+
+PROOFS = Report(
+    findings=[
+        Wrong("main", "network", "firewall-between-nodes", PROVED, "two does not reach one at 10.0.0.2, port 1: no answer", "fix"),
+        Wrong("main", "time", "rdzv-clock-skew", PROVED, "the clock of one is 2 s behind that of main", "fix"),
+        Wrong("main", "time", "offset", "one", "one", "fix"),
+        Wrong("two", "storage", "nfs-stale-handle", "/data can be entered", "stale file handle", "fix"),
+        Wrong("two", "driver", "gpu", PROVED, "one GPU is gone", "fix"),
+    ],
+    waiting=[Waiting("one", "storage", ["exports on main"]), Waiting("one", "nccl", ["driver"])],
+)  # fmt: skip
+
+
+def kept(stage: Stage, monkeypatch: pytest.MonkeyPatch, *names: str) -> list[str]:
+    """The ids of PROOFS that are told after a reboot of these nodes, and the roles that wait."""
+    looks = SimpleNamespace(roles=registry.ROLES, forget=lambda _: None)
+    cluster = Cluster("test", Path("cluster.yaml"), {}, sections=stage.sections)
+    reached: Any = SimpleNamespace(
+        cluster=cluster, nodes=[], each=None, run=SimpleNamespace(looks=looks)
+    )
+    monkeypatch.setattr(verify, "report", lambda *_: PROOFS)
+    found = REPORT_OF(reached, names, [])
+    return [each.id for each in found.findings] + [each.role for each in found.waiting]
+
+
+def test_what_a_proof_between_nodes_says_of_a_rebooted_one_counts_whoever_ran_it(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    between = ["firewall-between-nodes", "rdzv-clock-skew"]
+    assert kept(stage, monkeypatch, "one") == [*between, "storage", "nccl"]
+    assert kept(stage, monkeypatch, "two") == [between[0], "nfs-stale-handle", "gpu"]
+
+
+def test_the_storage_of_every_node_counts_where_its_server_was_rebooted(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "nfs-stale-handle" not in kept(stage, monkeypatch, "main")
+    monkeypatch.setattr(reboot, "server_of", lambda _: "main")
+    assert kept(stage, monkeypatch, "main")[-2:] == ["nfs-stale-handle", "storage"]
 
 
 def test_the_boot_is_read_with_any_shell(tmp_path: Path) -> None:
