@@ -1,7 +1,7 @@
 """RPMs with all that they depend on, by dnf with a root of its own: nothing of this machine's changes.
 
-It resolves for a node that has nothing, so that every node of that release finds all it could lack. dnf
-checks the signatures with the declared sources' keys.
+It resolves for a node that has nothing, so that every node of that release finds all it could lack. dnf 4
+checks the signatures with the declared sources' keys; dnf 5 checks none of what it only downloads.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from roles.packages.bundle import INDEX, ONE_MAJOR, system_of
 
 TOOLS = {"dnf": "dnf", "createrepo_c": "createrepo-c"}
 """What it takes, and Debian's packages of it."""
+DNF4 = ("dnf-3", "dnf4", "dnf")
+"""Its names; the last may be dnf 5."""
 
 
 def gather(
@@ -30,7 +32,8 @@ def gather(
     sources: sections of a .repo file; this machine's own count too where it has the same system.
     Returns how many packages there are, and how many were fetched, of how many bytes. Raises BundleError.
     """
-    lacking = [package for tool, package in TOOLS.items() if shutil.which(tool) is None]
+    tools = {"dnf": _dnf(), "createrepo_c": shutil.which("createrepo_c")}
+    lacking = [package for tool, package in TOOLS.items() if tools[tool] is None]
     if lacking:
         raise BundleError(
             f"packages for {system.folder} are gathered with {' and '.join(TOOLS)}: "
@@ -72,7 +75,7 @@ def gather(
     ]
     run(
         f"packages for {system.folder}",
-        ["dnf", "-y", "-q", *options, "--downloadonly", "install", *system.packages],
+        [str(tools["dnf"]), "-y", "-q", *options, "--downloadonly", "install", *system.packages],
     )
     fresh, size = 0, 0
     names = {path.name for path in arrived.glob("*.rpm")}
@@ -86,6 +89,18 @@ def gather(
     _index(store, system, place, changed=names != before)
     remove_tree(arrived)
     return len(names), fresh, size
+
+
+def _dnf() -> str | None:
+    """dnf 4, whatever its name here; None where there is no dnf at all. Raises BundleError for dnf 5 alone."""
+    found = [path for name in DNF4 if (path := shutil.which(name))]
+    old = [path for path in found if not os.path.realpath(path).endswith("dnf5")]
+    if found and not old:
+        raise BundleError(
+            f"{found[0]} is dnf 5, which does not check the signatures of what it downloads: install python3-dnf "
+            "on this machine, which brings dnf-3"
+        )
+    return old[0] if old else None
 
 
 def _index(store: Store, system: System, place: str, changed: bool) -> None:

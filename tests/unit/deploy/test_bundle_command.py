@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -144,9 +145,27 @@ def test_a_system_without_any_source_is_named_with_its_nodes(
 def test_without_dnf_the_user_is_told_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shutil.which", lambda tool: None if tool == "dnf" else tool)
+    monkeypatch.setattr("shutil.which", lambda tool: None if "dnf" in tool else tool)
     with pytest.raises(BundleError, match="install dnf on this machine"):
         rpms.gather(Store(tmp_path), ROCKY, ["[m]"], tmp_path / "work")
+
+
+def test_the_dnf_that_checks_signatures_is_taken_and_the_other_one_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    which = shutil.which
+    monkeypatch.setattr("shutil.which", lambda tool: which(tool, path=str(tmp_path)))
+    for name in ("createrepo_c", "dnf5"):
+        (tmp_path / name).touch(mode=0o755)
+    (tmp_path / "dnf").symlink_to("dnf5")
+    with pytest.raises(BundleError, match=r"dnf is dnf 5, .*: install python3-dnf on this machine"):
+        rpms.gather(Store(tmp_path / "store"), ROCKY, ["[m]"], tmp_path / "work")
+    ran: list[str] = []
+    monkeypatch.setattr(rpms, "run", lambda _, argv: ran.append(argv[0]))
+    monkeypatch.setattr(rpms, "_index", lambda *_, **__: None)
+    (tmp_path / "dnf-3").touch(mode=0o755)
+    rpms.gather(Store(tmp_path / "store"), ROCKY, ["[m]"], tmp_path / "work")
+    assert ran == [str(tmp_path / "dnf-3")]
 
 
 # --- what the nodes want ---
