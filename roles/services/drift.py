@@ -39,7 +39,8 @@ def _of(name: str, unit: Unit) -> Iterator[Finding]:
             "no such unit"
             if unit.load == "not-found"
             else f"a unit that it cannot read ({unit.load})",
-            "name its package under packages.install, or take it out of services.running"
+            "it comes with its package where packages.install names that; else name it there, or take the service "
+            "out of services.running"
             if unit.load == "not-found"
             else f"see systemctl status {name}",
             repairable=False,

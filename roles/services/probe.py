@@ -9,16 +9,18 @@ from roles.core.role import Target, Unreadable, whole
 from roles.core.steps import quote
 from roles.services.spec import ServicesSpec
 
-PROPERTIES = ("LoadState", "UnitFileState", "ActiveState", "SubState", "Result", "Type")
+FILE = "UnitFileState"
+"""Of an init script it is "bad" or "generated", whether it is enabled or not; ``systemctl is-enabled`` knows."""
+PROPERTIES = ("LoadState", FILE, "ActiveState", "SubState", "Result", "Type")
 
 
 @dataclass(frozen=True)
 class Unit:
     """One unit, in systemd's words; see org.freedesktop.systemd1(5).
 
-    load: loaded, not-found, masked, bad-setting, error. file: whether a boot starts it: enabled, disabled,
-    static, …; empty where there is none. active, sub: such as active, running. result: success, or how it
-    ended. kind: simple, oneshot, …; empty of what is no service.
+    load: loaded, not-found, masked, bad-setting, error. file: whether a boot starts it, as ``systemctl
+    is-enabled`` says: enabled, disabled, static, …; empty where there is none. active, sub: such as active,
+    running. result: success, or how it ended. kind: simple, oneshot, …; empty of what is no service.
     """
 
     load: str
@@ -44,9 +46,12 @@ class ServicesState:
 
 def probe(target: Target[ServicesSpec]) -> str:
     """For each unit its name, and lines of a property and its value; ``end`` is the last."""
-    shown = " ".join(f"-p {name}" for name in PROPERTIES)
+    shown = " ".join(f"-p {name}" for name in PROPERTIES if name != FILE)
     names = " ".join(map(quote, target.spec.running))
-    return f"for unit in {names}; do\n  echo unit=$unit\n  systemctl show {shown} $unit || exit 3\ndone\necho end"
+    return (
+        f"for unit in {names}; do\n  echo unit=$unit\n  systemctl show {shown} $unit || exit 3\n"
+        f"  printf '{FILE}=%s\\n' \"$(systemctl is-enabled $unit 2>/dev/null | tail -n 1)\"\ndone\necho end"
+    )
 
 
 @whole

@@ -15,6 +15,10 @@ from roles.time.spec import TimeSpec
 
 UNIT = re.compile(r"[A-Za-z0-9][A-Za-z0-9:_.@-]{0,200}")
 KINDS = (".service", ".socket", ".timer")
+OTHER_KINDS = (
+    *(".mount", ".automount", ".target", ".path", ".slice"),
+    *(".scope", ".swap", ".device"),
+)
 OWN = re.compile(r"lockstep-.*|autostart-lockstep")
 
 
@@ -22,7 +26,11 @@ def _unit(text: str) -> str:
     """The unit's name in full."""
     if not UNIT.fullmatch(text):
         raise ValueError(f"{text!r} is no name of a service: write it as systemctl shows it")
+    if text.endswith(OTHER_KINDS):
+        raise ValueError(f"{text} cannot be named here: only services, sockets and timers")
     name = text if text.endswith(KINDS) else f"{text}.service"
+    if name.rpartition(".")[0].endswith("@"):
+        raise ValueError(f"{text} is a template: say which instance, as getty@tty1")
     if OWN.fullmatch(name.removesuffix(".service")):
         raise ValueError(
             f"{text} is Lockstep's own, and started by what it belongs to: leave it out"

@@ -87,6 +87,8 @@ def test_what_runs_or_has_done_its_work_is_right(changes: dict[str, str]) -> Non
 @pytest.mark.parametrize("load", ["not-found", "masked", "bad-setting"])
 def test_what_only_the_user_can_mend_is_told_and_nothing_is_started(load: str) -> None:
     (finding,) = found(state(load=load, active="inactive"))
+    if load == "not-found":  # also what a first plan says, before the package is there
+        assert finding.fix.startswith("it comes with its package where packages.install names that")
     assert not finding.repairable and commands(state(load=load, active="inactive")) == []
 
 
@@ -97,12 +99,19 @@ def test_what_only_the_user_can_mend_is_told_and_nothing_is_started(load: str) -
         (["-f"], "is no name of a service"),
         (["lockstep-rehearsal"], "is Lockstep's own"),
         (["autostart-lockstep.service"], "is Lockstep's own"),
+        (["getty@"], "is a template: say which instance, as getty@tty1"),
+        (["getty@.service"], "is a template: say which instance"),
+        (["mnt-data.mount"], "only services, sockets and timers"),
         ([], "at least 1 item"),
     ],
 )
 def test_a_name_that_is_none_is_refused(names: list[str], sentence: str) -> None:
     with pytest.raises(ValidationError, match=sentence):
         target(*names)
+
+
+def test_an_instance_of_a_template_is_taken() -> None:
+    assert target("getty@tty1", "a@b.socket").spec.running == ("getty@tty1.service", "a@b.socket")
 
 
 def test_contradictions_are_told() -> None:
@@ -160,3 +169,31 @@ def test_starting_ends_well_only_where_it_stays_up(tmp_path: Path, starts: str, 
 def test_the_probe_asks_for_each_by_its_name_in_full() -> None:
     script = probe(target("docker", "fstrim.timer"))
     assert "for unit in docker.service fstrim.timer; do" in script
+
+
+ASKED = """#!/bin/sh
+case "$*" in
+  is-enabled*) echo 'old.service is not a native service, redirecting'; echo "$ENABLED"; test "$ENABLED" = enabled ;;
+  *UnitFileState*) echo UnitFileState=bad ;;
+  *) printf 'Type=forking\\nResult=success\\nLoadState=loaded\\nActiveState=active\\nSubState=exited\\n' ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("shell", ["dash", "bash"])
+@pytest.mark.parametrize(("enabled", "ids"), [("enabled", []), ("disabled", ["service-stopped"])])
+def test_of_an_init_script_it_is_known_whether_a_boot_starts_it(
+    tmp_path: Path, shell: str, enabled: str, ids: list[str]
+) -> None:
+    (tmp_path / "systemctl").write_text(ASKED)
+    (tmp_path / "systemctl").chmod(0o755)
+    done = subprocess.run(
+        [shell, "-c", probe(target("old"))],
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "ENABLED": enabled},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    seen = parse(done.stdout.rstrip("\n"))
+    assert seen.unit("old.service").file == enabled
+    assert [each.id for each in found(seen, "old")] == ids
