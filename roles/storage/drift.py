@@ -276,7 +276,7 @@ def _own(target: Target[StorageSpec], state: StorageState) -> Iterator[Finding]:
             repairable=False,
         )
         return
-    if state.token is not None and name not in state.tokens:
+    if state.token is not None and name not in state.tokens and not state.known:
         yield _lost(path, token_file(target), "nothing of it")
         return
     if unwritable := list(_unwritable(target, state)):
@@ -335,7 +335,7 @@ def _unusable(target: Target[StorageSpec], state: StorageState) -> Iterator[Find
         return
     lost = state.mark is None and (plain or (is_server(target) and not state.tokens))
     # What lies under a mount may bear a mark of the time before there was one, but not the latest token.
-    other = plain and alone and not any(state.token in seen for seen in state.tokens.values())
+    other = plain and alone and not state.known
     if state.token is not None and (lost or other):
         yield _lost(path, wrote, "an empty directory" if lost else "another directory")
         return

@@ -84,7 +84,8 @@ class StorageState:
     enabled and waits for the next shutdown.
     open: Lockstep's directories there that group or others may write.
     mark: only looked for on storage that is shared.
-    token: this node's own, from its own disk. tokens: node name to the tokens seen on the storage.
+    token: this node's own, from its own disk. tokens: node name to the tokens of this cluster seen on the storage.
+    known: the own one is there, under whatever name of the cluster it was written.
     """
 
     access: Access
@@ -107,6 +108,7 @@ class StorageState:
     open: tuple[str, ...] = ()
     token: str | None = None
     tokens: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    known: bool = False
 
 
 # Directories are listed, not files opened: listing a directory makes an NFS client ask its server
@@ -154,6 +156,9 @@ if test -d .lockstep; then
   id=
   if test -z "$alone" && test -e .lockstep/id; then read -r id <.lockstep/id || test -n "$id" || :; fi
   for word in "$@"; do case $word in */nodes/*/*.*) echo "seen ${word##*/}" ;; esac; done
+  if test -n "$token"; then
+    for word in .lockstep/nodes/*/*."$token"; do if test -e "$word"; then echo 'known yes'; break; fi; done
+  fi
   set -- .lockstep
   for word in .lockstep/nodes ".lockstep/nodes/$cluster"; do if test -d "$word"; then set -- "$@" "$word"; fi; done
   stat -c 'mode %a %n' -- "$@" || exit 1
@@ -168,7 +173,7 @@ echo "writable $writable"
 
 # The kernel's table is read last: touching the path may have mounted it.
 SCRIPT = rf"""
-LC_ALL=C; export LC_ALL path cluster bound mounted alone
+LC_ALL=C; export LC_ALL path cluster bound mounted alone token
 token=
 if test -e "$own"; then read -r token <"$own" || test -n "$token" || :; fi
 echo "token $token"
@@ -214,7 +219,7 @@ def probe(target: Target[StorageSpec]) -> str:
 
 _SINGLE = {
     *("token", "manager", "client", "access", "real", "mount", "exported", "writable", "space"),
-    *("same", "entry", "mark", "shutdown"),
+    *("same", "entry", "mark", "shutdown", "known"),
 }
 
 
@@ -281,6 +286,7 @@ def parse(text: str) -> StorageState:
         mark=Mark(*single["mark"].split()) if "mark" in single else None,
         open=tuple(opened),
         tokens={node: tuple(seen) for node, seen in tokens.items()},
+        known="known" in single,
     )
 
 

@@ -158,8 +158,14 @@ def test_the_nfs_server_itself_may_use_the_plain_directory_that_it_exports() -> 
 def test_a_single_node_may_use_a_plain_directory() -> None:
     cluster = replace(CLUSTER, nodes={"node1": NODES["node1"]})
     own = {"node1": (TOKENS["node1"],)}
-    plain = state("node1", mount=Mount("/", "ext4", "/dev/sda1", ("rw",)), tokens=own)
+    disk = Mount("/", "ext4", "/dev/sda1", ("rw",))
+    plain = state("node1", mount=disk, tokens=own, known=True)
     assert role.drift(Target(cluster, NODES["node1"], SPEC), plain, {}) == []
+    before = replace(plain, tokens={})  # the cluster had another name
+    found = role.drift(Target(cluster, NODES["node1"], SPEC), before, {})
+    assert [one.id for one in found] == ["storage-token"]
+    found = role.drift(Target(cluster, NODES["node1"], SPEC), replace(before, known=False), {})
+    assert [one.id for one in found] == ["storage-lost"]
     fresh = replace(plain, mark=None, token=None, tokens={})
     found = role.drift(Target(cluster, NODES["node1"], SPEC), fresh, {})
     assert [one.id for one in found] == ["storage-mark", "storage-token"]
@@ -359,6 +365,7 @@ def own(**changes: Any) -> StorageState:
         ({"token": None, "tokens": {}}, [("storage-token", True)]),
         ({"access": "absent"}, [("storage-lost", False)]),
         ({"tokens": {}}, [("storage-lost", False)]),
+        ({"tokens": {}, "known": True}, [("storage-token", True)]),
         ({"mount": Mount("/data", "nfs4", "s:/x", ("rw",))}, [("storage-not-own", False)]),
         ({"mount": Mount("/", "lustre", "mds:/x", ("rw",))}, [("storage-not-own", False)]),
         ({"tokens": TOKENS_OF_TWO}, [("storage-not-own", False)]),
@@ -392,6 +399,8 @@ def test_a_directory_on_the_nodes_own_disk_carries_its_token_and_no_mark(tmp_pat
         done = sh(f"set -e\n{text}")
         assert done.returncode == 0, done.stderr
     assert role.drift(target, seen(), {}) == []
+    target = replace(target, cluster=replace(target.cluster, name="renamed"))
+    assert [one.id for one in role.drift(target, seen(), {})] == ["storage-token"]
     shutil.rmtree(tmp_path / "data")
     assert [one.id for one in role.drift(target, seen(), {})] == ["storage-lost"]
 
