@@ -58,7 +58,10 @@ def _directory(target: Target[StorageSpec], state: ExportsState) -> Iterator[Fin
 
 
 def _nested(target: Target[StorageSpec], state: ExportsState) -> Iterator[Finding]:
-    """An export ends where another file system begins; what is hidden (snapshots) is nobody's data."""
+    """An export ends where another file system begins; what is hidden (snapshots) is nobody's data.
+
+    A client of NFS 3 stays in the file system that it mounted, unless what lies below is exported with nohide.
+    """
     points = [
         f"{point} ({kind})"
         for kind, point in state.nested
@@ -66,12 +69,13 @@ def _nested(target: Target[StorageSpec], state: ExportsState) -> Iterator[Findin
     ]
     if points:
         directory = exported(target.spec)
+        how = ", with nohide" if target.spec.version == "3" else ""
         yield Finding(
             "export-nested",
-            f"all that lies below {directory} on its own file system, or exported itself",
+            f"all that lies below {directory} on its own file system, or exported itself{how}",
             f"{', '.join(points)}, which the other nodes see as an empty directory",
-            f"export it too, by a line of your own in /etc/exports.d and exportfs -ra, or mount it apart from "
-            f"{directory}",
+            f"export it too{how}, by a line of your own in /etc/exports.d and exportfs -ra, or mount it apart "
+            f"from {directory}",
             repairable=False,
         )
 

@@ -21,7 +21,7 @@ class ExportsState:
     file, drop_in: text of Lockstep's own files; None where there is none.
     clients: client of the running server to its options, for that directory.
     elsewhere: files of exports, not Lockstep's, that name it.
-    nested: (kind, point) of what is mounted below it and not exported itself.
+    nested: (kind, point) of what is mounted below it and not exported itself; for NFS 3, not with nohide.
     active, enabled: of the service, as systemd says. threads: of the running server; 0 where none runs.
     """
 
@@ -54,8 +54,8 @@ if test -n "$directory"; then
     done <"$etab"
   fi
   if test -r "$etab"; then set -- "$etab"; else set --; fi
-  real=$(cd "$directory" 2>/dev/null && pwd -P) mounts=$mounts awk '
-FILENAME != ENVIRON["mounts"] {{ known[$1] = 1; next }}
+  real=$(cd "$directory" 2>/dev/null && pwd -P) mounts=$mounts hides=$hides awk '
+FILENAME != ENVIRON["mounts"] {{ if (ENVIRON["hides"] == "" || $0 ~ /[(,]nohide[,)]/) known[$1] = 1; next }}
 index($5, ENVIRON["real"] "/") == 1 && ENVIRON["real"] != "" && !known[$5] {{
   for (i = 7; i <= NF && $i != "-"; i++);
   print "nested " $(i + 1) " " $5
@@ -77,9 +77,12 @@ echo end
 def probe(target: Target[StorageSpec]) -> str:
     """On the server all of it; on another node what it may have kept of the time when it was the server."""
     directory = exported(target.spec) if serves(target) else ""
+    hides = (
+        "yes" if target.spec.version == "3" else ""
+    )  # what is exported below, unless with nohide
     return (
         f"main=/etc/exports file={FILE} drop={DROP_IN} directory={quote(directory)} "
-        f"etab=/var/lib/nfs/etab nfsd=/proc/fs/nfsd/threads mounts=/proc/self/mountinfo{SCRIPT}"
+        f"etab=/var/lib/nfs/etab nfsd=/proc/fs/nfsd/threads mounts=/proc/self/mountinfo hides={hides}{SCRIPT}"
     )
 
 

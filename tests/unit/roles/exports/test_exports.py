@@ -185,10 +185,10 @@ def test_packages_have_each_familys_names_and_only_the_server_needs_them() -> No
 # The shell text itself, on files of this machine.
 
 
-def look(tmp_path: Path, shell: str) -> ExportsState:
+def look(tmp_path: Path, shell: str, hides: str = "") -> ExportsState:
     text = (
         f"main={tmp_path}/main file={tmp_path}/own.exports drop={tmp_path}/drop "
-        f"directory={tmp_path}/data etab={tmp_path}/etab nfsd={tmp_path}/threads mounts={tmp_path}/mounts{SCRIPT}"
+        f"directory={tmp_path}/data etab={tmp_path}/etab nfsd={tmp_path}/threads mounts={tmp_path}/mounts hides={hides}{SCRIPT}"
     ).replace(
         "systemctl show -p ActiveState -p UnitFileState nfs-server.service",
         "printf 'ActiveState=active\\nUnitFileState=enabled\\n'",
@@ -236,6 +236,11 @@ def test_the_probe_names_what_is_mounted_below_and_not_exported_itself(
     (tmp_path / "etab").write_text(f"{tmp_path}/disk/seen\t10.77.92.12(rw)\n")
     nested = look(tmp_path, shell).nested
     assert nested == (("xfs", f"{tmp_path}/disk/models"), ("xfs", f"{tmp_path}/disk/a b"))
+    (tmp_path / "etab").write_text(
+        f"{tmp_path}/disk/seen\t10.77.92.12(rw,hide)\n{tmp_path}/disk/models\t10.77.92.12(rw,nohide,sync)\n"
+    )
+    hidden = look(tmp_path, shell, hides="yes").nested
+    assert hidden == (("xfs", f"{tmp_path}/disk/a b"), ("xfs", f"{tmp_path}/disk/seen"))
 
 
 @pytest.mark.parametrize(
@@ -257,6 +262,9 @@ def test_another_file_system_below_the_export_is_told_with_what_to_do(
     if told:
         (found,) = role.drift(target(), seen, {})
         assert not found.repairable and point in found.seen and "exports.d" in found.fix
+        (third,) = role.drift(target(version="3"), seen, {})
+        assert "nohide" in third.fix and "nohide" not in found.fix
+        assert "hides=yes" in probe(target(version="3")) and "hides=yes" not in probe(target())
 
 
 def test_a_node_that_is_not_the_server_is_asked_little() -> None:
