@@ -12,7 +12,7 @@ from deploy.bundle.tools import run
 from inventory.cluster import Cluster
 from roles.environment.archive import Archive
 from roles.environment.fit import numbers
-from roles.environment.pinned import meets, pinned
+from roles.environment.pinned import installable, meets
 from roles.environment.spec import Declared, normal_name
 from roles.pins.distributions import fits, of_wheel
 from roles.pins.wheels import WheelProblem, pip_wheel, wheels_of
@@ -38,7 +38,7 @@ def gather(
     """
     fresh, python = 0, archive.python if archive else ""
     try:
-        for name, pin in pinned(one, archive).items():
+        for name, pin in installable(one, archive).items():
             if one.spec.wheels is not None:
                 files = [parcel.source for parcel in wheels_of(cluster, one, name, pin, python)]
                 fresh += sum(store.copy(file, f"wheels/{one.name}/{file.name}") for file in files)

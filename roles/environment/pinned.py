@@ -8,6 +8,7 @@ from packaging.version import InvalidVersion, Version
 
 from roles.core.steps import quote
 from roles.environment.archive import Archive
+from roles.environment.metadata import family, required_of
 from roles.environment.spec import Declared, normal_name, of_metadata
 
 
@@ -30,6 +31,24 @@ def pinned(one: Declared, archive: Archive | None) -> dict[str, str]:
     lost = map(of_metadata, archive.overwritten if archive else ())
     again = {name: version.replace("_", "+", 1) for name, version in lost if name not in declared}
     return {**one.spec.pins, **again}
+
+
+def installable(one: Declared, archive: Archive | None) -> dict[str, str]:
+    """Distribution to its version: the pinned ones, and what an installation of them makes necessary again."""
+    versions = pinned(one, archive)
+    own = dict(map(of_metadata, archive.distributions if archive else ()))
+    present = [normal_name(name) for name in versions]
+    after = [follower(name, {*own, *present}, archive) for name in present]
+    again = {name: own[name].replace("_", "+", 1) for name in after if name and name not in present}
+    return {**versions, **again}
+
+
+def follower(name: str, names: Iterable[str], archive: Archive | None) -> str | None:
+    """Of these, the one that must be installed after that one, which writes files of the same names. All are
+    normal names."""
+    members = {each for each in names if family(each) == family(name)}
+    needed = required_of(members, archive.requires) if archive and len(members) > 1 else set()
+    return needed.pop() if len(needed) == 1 and name not in needed else None
 
 
 def replaced(one: Declared, archive: Archive | None) -> list[str]:

@@ -8,9 +8,8 @@ from dataclasses import dataclass, replace
 from inventory.sentences import nearest
 from roles.core.role import Finding, Peers, Target
 from roles.environment.archive import Archive
-from roles.environment.metadata import family, required_of
 from roles.environment.parcel import Parcel
-from roles.environment.pinned import meets, pinned
+from roles.environment.pinned import follower, meets, pinned
 from roles.environment.probe import archive_of
 from roles.environment.spec import Declared, Environments, normal_name, of_metadata
 from roles.pins.distributions import installed
@@ -246,11 +245,8 @@ def _last(
     last: dict[str, list[str]] = {}
     spelt = {normal_name(name): name for name in [*present, *versions]}
     for rival in found:
-        shared = family(normal_name(rival))
-        members = {name for name in spelt if family(name) == shared}
-        needed = required_of(members, archive.requires) if archive and len(members) > 1 else set()
-        if len(needed) == 1 and normal_name(rival) not in needed:
-            last.setdefault(spelt[needed.pop()], []).append(rival)
+        if name := follower(normal_name(rival), spelt, archive):
+            last.setdefault(spelt[name], []).append(rival)
     return last
 
 

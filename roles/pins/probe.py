@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from roles.core.role import Target, Unreadable, whole
 from roles.core.steps import quote
 from roles.environment import parcel
-from roles.environment.pinned import pinned
+from roles.environment.pinned import installable
 from roles.environment.probe import DISTRIBUTIONS, archive_of, stamp_values
 from roles.environment.spec import Environments
 from roles.pins.prove import CHECKED, STAMP, Unmet, key
@@ -74,7 +74,7 @@ def probe(target: Target[Environments]) -> str:
             with suppress(WheelProblem):
                 parcels.append(pip_wheel(archive.python))
         if one.spec.wheels is not None:
-            for name, version in pinned(one, archive).items():
+            for name, version in installable(one, archive).items():
                 with suppress(WheelProblem):  # a finding says so
                     parcels += wheels_of(target.cluster, one, name, version, "")
     return "".join([*parts, parcel.probe(parcels, target.cluster), "echo end\n"])

@@ -496,6 +496,31 @@ def test_wheels_of_what_the_archive_lost_are_gathered_too(tmp_path: Path) -> Non
         wheels.gather(store, cluster, other, lost, {"x86_64": "2.17"})
 
 
+def test_wheels_of_what_must_follow_a_pin_are_gathered_too(tmp_path: Path) -> None:
+    """The archive has its own NCCL whole, and a pin would write files of the same names."""
+    archive = Archive(
+        *("ab" * 32, 1, "tar", "", "3.11", "bin/python3", None),
+        distributions=("torch-2.6.0.dist-info", "nvidia_nccl_cu12-2.21.5.dist-info"),
+        requires={"torch-2.6.0.dist-info": ["nvidia-nccl-cu12==2.21.5"]},
+    )
+    names = [f"nvidia_nccl_cu{each}-py3-none-any.whl" for each in ("11-2.14.3", "12-2.21.5")]
+    for name in names:
+        (tmp_path / name).write_text(name)
+    text = CLUSTER.replace(
+        'pins: {protobuf: "3.20"}, index: "https://pypi.example/simple"',
+        'pins: {nvidia_nccl_cu11: "2.14.3"}, wheels: .',
+    )
+    cluster_in(tmp_path)
+    (tmp_path / "cluster.yaml").write_text(text)
+    cluster = registry.read(tmp_path / "cluster.yaml")
+    section = cluster.section("environments", Environments)
+    assert section is not None
+    (tmp_path / "bundle").mkdir()
+    store = Store(tmp_path / "bundle")
+    assert wheels.gather(store, cluster, section.each()[0], archive, {"x86_64": "2.17"}) == 2
+    assert sorted(path.name for path in (tmp_path / "bundle/wheels/main").iterdir()) == names
+
+
 @pytest.mark.parametrize(
     ("said", "cause"),
     [
