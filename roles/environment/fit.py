@@ -150,7 +150,8 @@ class Reading:
             best, _ = self._glibc.get((root, machine), ("0", ""))
             newest = ""
             # To look for the name of a version is much faster than to read the tables of each file.
-            if any(numbers(one.decode()) > numbers(best) for one in set(GLIBC.findall(head))):
+            named = {*GLIBC.findall(head), *GLIBC.findall(tail)}
+            if any(numbers(one.decode()) > numbers(best) for one in named):
                 newest = glibc_of(file)
         if newest and numbers(newest) > numbers(best):
             if match:

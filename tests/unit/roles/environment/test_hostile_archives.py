@@ -559,6 +559,20 @@ def test_what_a_declared_import_needs_beyond_that_is_read_from_its_compiled_file
     assert recalled("x") == (1, found)
 
 
+def test_what_a_large_file_needs_is_seen_where_its_tables_lie_at_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["roles.environment.listing"], "HEAD", 400)
+    small, gap = bytearray(elf(["2.35"])), 3 << 20
+    (headers,) = struct.unpack("<Q", small[40:48])
+    for place in (40, *(headers + 64 * section + 24 for section in (1, 2, 3))):
+        (offset,) = struct.unpack("<Q", small[place : place + 8])
+        small[place : place + 8] = struct.pack("<Q", offset + gap)
+    large = bytes(small[:64]) + bytes(gap) + bytes(small[64:])
+    more = ("lib/python3.10/site-packages/torch/a.so", large)
+    assert read(pack(tmp_path / "a.tar", [*CONDA, more])).needs.glibc == "2.35"
+
+
 def test_a_version_table_that_claims_billions_of_entries_ends(tmp_path: Path) -> None:
     data = bytearray(elf(["2.28"]))
     at = data.index(b"GLIBC") + len(b"GLIBC_2.28\0")
