@@ -88,8 +88,8 @@ def _pack(place: str, taken: str) -> str:
         f"{{ find . \\( {_LEFT_OUT} \\) -prune -o ! -name . -print0 | LC_ALL=C sort -z |\n"
         "  tar -c --null --no-recursion -T - --owner=0 --group=0 --numeric-owner || "
         ': >"$T.failed"; } | $z >"$T" || {\n'
-        '  echo "$S could not be packed: ${T%/*} has $(df -P -k "$T" | awk \'NR == 2 { print int($4 / 1024) }\')'
-        ' MiB free, and that was too little" >&2; exit 1; }\n'
+        "  f=$(df -P -k \"${T%/*}\" 2>/dev/null | awk 'NR == 2 { print int($4 / 1024) }')\n"
+        '  echo "$S could not be packed into ${T%/*}${f:+, which has $f MiB free}" >&2; exit 1; }\n'
         'if [ -e "$T.failed" ]; then\n'
         '  echo "$S could not be packed: it changed, or cannot be read" >&2; exit 1; fi\ntrap - EXIT\n'
     )

@@ -428,8 +428,14 @@ def test_a_directory_that_has_no_room_when_packed_leaves_nothing(
     monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
     with pytest.raises(subprocess.CalledProcessError) as failed:
         sh(taking._pack(str(place), str(taken)))
-    assert f"{place} could not be packed: {taken.parent} has " in failed.value.stderr
+    sentence = f"{place} could not be packed into {taken.parent}"
+    assert f"{sentence}, which has " in failed.value.stderr
     assert not list(taken.parent.iterdir())
+    (tool.parent / "df").write_text("#!/bin/sh\nexit 1\n")
+    (tool.parent / "df").chmod(0o755)
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        sh(taking._pack(str(place), str(taken)))
+    assert failed.value.stderr.endswith(f"{sentence}\n")
 
 
 def test_an_archive_is_published_without_its_bytes_twice(unseen: Path) -> None:
