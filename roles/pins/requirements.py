@@ -82,7 +82,9 @@ def of_the_archive(archive: Archive, machine: str) -> tuple[Unmet, ...]:
 def suits(archive: Archive, name: str, version: str) -> bool:
     """Whether all distributions of the archive would take that version. name: a normal one."""
     there = {**of_archive(archive), name: Installed(version, ())}
-    return all(each.required != name for each in unmet_on(archive, "", there))
+    return all(
+        each.required != name for each in unmet_on(archive, archive.needs.machine or "", there)
+    )
 
 
 def conflicts(cluster: Cluster, one: Declared, archive: Archive, machine: str) -> list[Unmet]:

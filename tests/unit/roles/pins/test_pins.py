@@ -18,13 +18,16 @@ from roles.core.role import Finding, Target, Unreadable
 from roles.core.steps import Shell, Upload
 from roles.environment import parcel
 from roles.environment.archive import Archive
+from roles.environment.fit import Needs
 from roles.environment.parcel import LOCAL
 from roles.environment.pinned import meets
+from roles.environment.prove import PROOF
 from roles.environment.spec import Environments, of_metadata
 from roles.pins import requirements
 from roles.pins.converge import _check, converge
 from roles.pins.distributions import fits, of_wheel
 from roles.pins.drift import drift, remarks, unmet_of
+from roles.pins.pip import install as pip_install
 from roles.pins.probe import PinsState, Site, parse
 from roles.pins.prove import CHECKED, STAMP, key
 from roles.pins.wheels import pip_wheel
@@ -543,6 +546,22 @@ def test_what_must_come_last_has_no_record_until_it_is_there(
     assert f"{cu12}==2.21.5" in second and UNPACKED[1] not in second
 
 
+@pytest.mark.parametrize(("commands", "stands"), [(["false"], True), (["true", "false"], False)])
+def test_what_was_proved_stands_only_where_a_failed_pip_has_put_all_back(
+    tmp_path: Path, commands: list[str], stands: bool
+) -> None:
+    (tmp_path / "bin").mkdir()
+    python = tmp_path / "bin/python"
+    python.write_text('#!/bin/sh\nfor last; do :; done\n[ "$last" = true ]\n')
+    python.chmod(0o755)
+    for name in (STAMP, PROOF, CHECKED):
+        (tmp_path / name).touch()
+    script = pip_install(str(tmp_path), "/pip.whl", commands)
+    assert subprocess.run(["dash", "-ec", script], check=False).returncode == 1
+    assert (tmp_path / STAMP).exists()
+    assert [(tmp_path / name).exists() for name in (PROOF, CHECKED)] == [stands, stands]
+
+
 def test_two_records_of_which_neither_holds_are_the_archives_own_fault(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -563,7 +582,7 @@ def test_two_records_of_which_neither_holds_are_the_archives_own_fault(
     [
         (
             ("torch-2.5.1.dist-info", "torch-2.6.0+cu124.dist-info"),
-            "torch==2.6.0",
+            "torch==2.6.0; platform_machine == 'x86_64'",
             "'python -m pip uninstall -y torch' until it finds none, then 'python -m pip install --no-deps' "
             "with torch==2.6.0+cu124, and pack it again",
         ),
@@ -584,6 +603,7 @@ def test_what_to_do_where_neither_record_holds_and_no_pin_helps_is_said(
     monkeypatch: pytest.MonkeyPatch, folders: tuple[str, ...], required: str, fix: str
 ) -> None:
     described = {
+        "needs": Needs("x86_64"),
         "distributions": ("vision-1.dist-info", *folders),
         "requires": {"vision-1.dist-info": [required]},
     }
