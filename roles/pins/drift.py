@@ -205,15 +205,14 @@ def wrongs(target: Target[Environments], state: PinsState, one: Declared) -> Ite
             if one.spec.wheels is not None:
                 wheels[name] = wheels_of(target.cluster, one, name, version, site.python)
         except WheelProblem as error:
-            problems[name] = (
-                f"put the wheel there, or correct environments.{one.name}.pins; {error}"
-            )
+            pins = f", or correct environments.{one.name}.pins" if _declares(one, name) else ""
+            problems[name] = f"put the wheel there{pins}; {error}"
     for name, rivals in last.items():
         if name in problems:
             problems.update(dict.fromkeys(rivals, f"{name} must follow it: {problems[name]}"))
     for name in sorted(found, key=last.__contains__):
         version, id, seen, folders = found[name]
-        finding = _finding(one, name, version, id, seen)
+        finding = _finding(one, archive, name, version, id, seen)
         if name in problems:
             fix = problems[name]
             finding = replace(finding, id="pin-wheel", fix=fix, repairable=False, disturbs=False)
@@ -221,10 +220,20 @@ def wrongs(target: Target[Environments], state: PinsState, one: Declared) -> Ite
         yield Wrong(name, version, folders, id == "pin-duplicate", given, finding, name in last)
 
 
-def _finding(one: Declared, name: str, version: str, id: str, seen: str) -> Finding:
+def _declares(one: Declared, name: str) -> bool:
+    """Whether that is one of the pins in the cluster file, however it is spelt."""
+    return normal_name(name) in map(normal_name, one.spec.pins)
+
+
+def _finding(
+    one: Declared, archive: Archive | None, name: str, version: str, id: str, seen: str
+) -> Finding:
     described, fix = f"{name} {version} in {one.prefix}", "it is installed, with nothing else"
-    if normal_name(name) in map(normal_name, one.spec.pins):
+    if _declares(one, name):
         return Finding(id, described, seen, fix, disturbs=True)
+    lost = {of_metadata(folder)[0] for folder in archive.overwritten} if archive else set()
+    if normal_name(name) not in lost:
+        return Finding(id, f"{described}, which is required", seen, fix, disturbs=True)
     described += ", which is required, and whose files another distribution has replaced"
     if one.spec.wheels is None and one.spec.index is None:
         fix = (

@@ -546,6 +546,21 @@ def test_what_must_come_last_has_no_record_until_it_is_there(
     assert f"{cu12}==2.21.5" in second and UNPACKED[1] not in second
 
 
+def test_what_is_only_installed_again_after_a_pin_is_told_as_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    describing(monkeypatch, distributions=UNPACKED, requires=OVERWRITTEN["requires"])
+    wheel(tmp_path, "nvidia_nccl_cu11-2.14.3-py3-none-any.whl")
+    where = of({"wheels": str(tmp_path), "pins": {"nvidia-nccl-cu11": "2.14.3"}})
+    pin, lacking = drift(where, state(*UNPACKED), {})
+    assert "nvidia-nccl-cu12 must follow it: put the wheel there; " in pin.fix
+    assert lacking.fix.startswith("put the wheel there; ") and "replaced" not in lacking.want
+    wheel(tmp_path, "nvidia_nccl_cu12-2.21.5-py3-none-any.whl")
+    _, again = drift(where, state(*UNPACKED), {})
+    assert (again.id, again.want.split(", ")[1:]) == ("pin-version", ["which is required"])
+    assert again.seen == "nvidia-nccl-cu11, which has the same files, to be installed"
+
+
 @pytest.mark.parametrize(("commands", "stands"), [(["false"], True), (["true", "false"], False)])
 def test_what_was_proved_stands_only_where_a_failed_pip_has_put_all_back(
     tmp_path: Path, commands: list[str], stands: bool
