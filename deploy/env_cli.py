@@ -1,6 +1,6 @@
 """``lockstep env diff NODE NODE``: what differs between the environments of two nodes, down to the file.
 
-``lockstep env leftovers NODE [NAME]``: what in one still names a place where the environment was before.
+``lockstep env leftovers NODE``: what in one still names a place where the environment was before.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         description="Exit code 0: it is listed, or there is nothing; 2: the node could not be looked at.",
     )
     left.add_argument("node", metavar="NODE", help="a node's name in the cluster file")
-    left.add_argument("environment", nargs="?", metavar="NAME", help="one of several environments")
+    left.add_argument("--environment", metavar="NAME", help="one of several environments")
     left.add_argument("--json", action="store_true", help="print it as JSON on standard output")
     left.set_defaults(handler=_leftovers)
 
@@ -110,7 +110,9 @@ def chosen(cluster: Cluster, name: str | None) -> Declared:
     if not known:
         raise EnvError(f"{cluster.path} declares no environment")
     if name is None and len(known) > 1:
-        raise EnvError(f"{cluster.path} declares several environments: name one of them, {names}")
+        raise EnvError(
+            f"{cluster.path} declares several environments: name one with --environment: {names}"
+        )
     if name is not None and name not in known:
         raise EnvError(f"{cluster.path} declares no environment {name!r}: it has {names}")
     return known[name or names]

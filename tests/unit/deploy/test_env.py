@@ -32,7 +32,12 @@ TWO = "environments: {main: {archive: main.tar}, more: {archive: main.tar, on_pa
         (ONE, ("node1", "x"), None, "declares no node 'x': its nodes are node1, node2"),
         (ONE, ("node1", "node1"), None, "node1 is compared with itself: name another node"),
         (ONE, ("node1", "node2"), "x", "declares no environment 'x': it has main"),
-        (TWO, ("node1", "node2"), None, "several environments: name one of them, main, more"),
+        (
+            TWO,
+            ("node1", "node2"),
+            None,
+            "several environments: name one with --environment: main, more",
+        ),
         ("", ("node1", "node2"), None, "declares no environment"),
     ],
 )
@@ -55,7 +60,13 @@ def test_the_environment_is_the_only_one_or_the_named_one(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "words", [("diff", "node1", "node3"), ("leftovers", "node3"), ("leftovers", "node1", "x")]
+    "words",
+    [
+        ("diff", "node1", "node3"),
+        ("leftovers", "node3"),
+        ("diff", "node1", "node2", "--environment", "x"),
+        ("leftovers", "node1", "--environment", "x"),
+    ],
 )
 def test_a_mistake_ends_with_2_and_no_traceback(tmp_path: Path, words: tuple[str, ...]) -> None:
     (tmp_path / "cluster.yaml").write_text(CLUSTER + ONE)
