@@ -11,13 +11,12 @@ from roles.archives.taking import take
 from roles.core import relay
 from roles.core.role import Finding, Peers, Target
 from roles.core.steps import Shell, Step, Upload
-from roles.environment.converge import alone, prepare
+from roles.environment.converge import UNPACK_SECONDS, alone, prepare
 from roles.environment.parcel import Parcel, deliver, note
 from roles.environment.room import room_for_archive
 from roles.environment.sources import described
 from roles.environment.spec import Declared, Environments
 
-PREPARE_SECONDS = 1800
 FORGET_SECONDS = 300
 """Time limit for the removal of large files from a slow file server."""
 
@@ -36,7 +35,7 @@ def converge(
             continue
         if each.parcel:
             coming = deliver(each.parcel, target, state.parcels, peers)
-            yield Shell(_prepare(target, each.one, each.parcel, coming), PREPARE_SECONDS)
+            yield Shell(_prepare(target, each.one, each.parcel, coming), UNPACK_SECONDS)
             yield from coming
         elif each.place and target.is_head:
             yield from take(target, each.one, each.place, state.sources[each.one.name])

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from inventory.cluster import Cluster
-from roles.core.steps import quote
+from roles.core.steps import any_of, quote
 from roles.environment.parcel import Parcel, notes
 from roles.storage.spec import depot
 
@@ -26,7 +26,7 @@ def probe(cluster: Cluster, wanted: Iterable[Parcel]) -> str:
     return (
         f"for m in {quote(notes(cluster))}/*; do n=${{m##*/}} A={quote(shared)}/archives\n"
         "  case $n in *[!0-9a-z.]*) ;;\n"
-        f"  {'|'.join([*map(quote, names), chr(39) * 2])}) printf 'noted %s\\n' \"$n\";;\n"
+        f"  {any_of(names)}) printf 'noted %s\\n' \"$n\";;\n"
         f'  *) if [ -z "$(find "$m" "$A/.$n.arriving" -mmin -{REST_MINUTES} 2>/dev/null)" ]; then\n'
         '    b=$(stat -c %s "$A/$n" 2>/dev/null) || b=0\n'
         '    printf \'unused %s %s\\n\' "$n" "$b"; fi;;\n  esac\ndone\n'

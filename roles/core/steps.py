@@ -184,6 +184,11 @@ def appears(file: str, parents: Iterable[str], sentence: str) -> str:
     )
 
 
+def any_of(words: Iterable[str]) -> str:
+    """A pattern of the shell's ``case``: one of these words, or nothing at all."""
+    return "|".join(map(quote, ("", *words)))
+
+
 def relabel(path: str) -> str:
     """Shell that gives a path the context that SELinux's policy has for it, where SELinux is on.
 

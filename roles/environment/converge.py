@@ -13,7 +13,7 @@ from pathlib import Path
 
 from inventory.cluster import Cluster
 from roles.core.role import Finding, Peers, Target
-from roles.core.steps import Shell, Step, Upload, quote, settled
+from roles.core.steps import Shell, Step, Upload, any_of, quote, settled
 from roles.environment import parcel
 from roles.environment.archive import Archive
 from roles.environment.drift import Action, Pair, pairs, wanted_proof, wanted_stamp
@@ -137,7 +137,7 @@ def prepare(
             "  exit 1; fi\n"
         )
     )
-    names, folder = "|".join([*map(quote, _kept(target.cluster)), "''"]), f"{parcel.LOCAL}/archives"
+    names, folder = any_of(_kept(target.cluster)), f"{parcel.LOCAL}/archives"
     return (
         f"P={quote(one.prefix)}\n{needs}{_remove(BESIDE)}"
         f"for f in {folder}/* {folder}/.*.arriving; do n=${{f##*/}}; n=${{n#.}}\n"

@@ -954,13 +954,15 @@ def main(words: list[str]) -> int:
     """Exit status 1, with sentences on standard error, when nothing could be mended."""
     root, prefix = words[0], os.fsencode(words[1])
     gc.disable()  # nothing here refers to itself, and there is much to look through
+    listed = words[2:] == ["leftovers"]
     try:
-        if words[2:] == ["leftovers"]:
+        if listed:
             print(json.dumps(leftovers(root, prefix)))
             return 0
         problems = mend(root, prefix)
     except OSError as error:
-        problems = [f"{error.filename or root} cannot be mended: {error.strerror}"]
+        done = "read" if listed else "mended"
+        problems = [f"{error.filename or root} cannot be {done}: {error.strerror}"]
     print(*problems, sep="\n", file=sys.stderr, end="\n" if problems else "")
     return 1 if problems else 0
 

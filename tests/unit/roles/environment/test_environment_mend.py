@@ -633,11 +633,14 @@ def test_a_search_leaves_the_time_of_access(tmp_path: Path) -> None:
     assert file.stat().st_atime == 1_000_000_000
 
 
-def test_a_tree_that_cannot_be_mended_is_refused_in_one_sentence(tmp_path: Path) -> None:
-    program = [sys.executable, "-I", "-S", mend.__file__]
-    done = subprocess.run([*program, str(tmp_path / "gone"), "/n"], capture_output=True, text=True)
+@pytest.mark.parametrize(("words", "done_to_it"), [([], "mended"), (["leftovers"], "read")])
+def test_a_tree_that_cannot_be_mended_or_listed_is_refused_in_one_sentence(
+    tmp_path: Path, words: list[str], done_to_it: str
+) -> None:
+    program = [sys.executable, "-I", "-S", mend.__file__, str(tmp_path / "gone"), "/n", *words]
+    done = subprocess.run(program, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == f"{tmp_path}/gone cannot be mended: No such file or directory\n"
+    assert done.stderr == f"{tmp_path}/gone cannot be {done_to_it}: No such file or directory\n"
 
 
 def test_what_stays_is_listed_with_its_reason(tmp_path: Path) -> None:
