@@ -80,7 +80,7 @@ def test_the_nodes_are_identical_and_the_report_says_by_what(lab: Site) -> None:
 def test_environments_of_two_nodes_are_compared_file_by_file(lab: Site) -> None:
     same = lab.lockstep("env", "diff", "node1", "node2", "--json")
     assert same.returncode == 0 and json.loads(same.stdout)["same"], same.stderr
-    left = lab.lockstep("env", "leftovers", "node1", "main", "--json")
+    left = lab.lockstep("env", "leftovers", "node1", "--environment", "main", "--json")
     assert left.returncode == 0, left.stderr
     assert json.loads(left.stdout)["prefix"] == "/opt/lockstep/envs/main"
     file = "lib/python3.11/site-packages/numpy/__init__.py"
