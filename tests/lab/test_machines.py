@@ -29,7 +29,6 @@ DECLARED = {
     "storage": {
         "kind": "nfs",
         "path": "/data",
-        "export": "/srv/data",
         "server": "node1",
         "timeout": TIMEOUT,
     },
