@@ -12,7 +12,7 @@ from roles.core.steps import quote
 from roles.environment.converge import LOGIN, arriving
 from roles.environment.spec import Declared, normal_name
 
-MODULES = ("manifest.py", "imports.py", "prove.py", "describe.py")
+MODULES = ("manifest.py", "trial.py", "prove.py", "describe.py")
 Contents = Mapping[str, Mapping[str, str]]
 """Distribution to its files: path to content."""
 

@@ -314,7 +314,7 @@ def _prove(target: Target[Environments], mode: str, before: str = "") -> str:
         first = f"P={quote(one.prefix)}\n{unfinished} || " if unfinished else ""
         calls.append(f"{first}prove {quote(one.prefix)} {quote(json.dumps(wanted))} {mode}\n")
     return (
-        f"({arriving('manifest.py', 'imports.py', 'prove.py')}prove() {{\n"
+        f"({arriving('manifest.py', 'trial.py', 'prove.py')}prove() {{\n"
         'if ! [ -x "$1/bin/python" ]; then printf \'environment-missing\\tno %s/bin/python\\n\' "$1"; return 0; fi\n'
         f'{before}{LOGIN} "$1/bin/python" -m roles.environment.prove "$@"\n}}\n{"".join(calls)})\n'
     )

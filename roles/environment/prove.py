@@ -24,17 +24,18 @@ import sys
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, NamedTuple
 
 from roles.environment import manifest
-from roles.environment.imports import last_line
+from roles.environment.trial import COMMAND_SECONDS, last_line, problems_of, start
 
 STAMP = ".lockstep-environment.json"
 PROOF = ".lockstep-proof.json"
 OWN = "lockstep-trainer"
-COMMAND_SECONDS = 200
-VERSION = 2
+VERSION = 3
 """Counts changes of what a proof shows: an older one is stale."""
+UNIT_SECONDS = COMMAND_SECONDS + 20
+"""For all that is tried in a unit, whose commands have their own limit."""
 SYSTEMD = 232
 """The oldest systemd that a job runs under."""
 RUNNING = "/run/systemd/system"
@@ -90,50 +91,22 @@ def metadata(prefix: Path) -> list[str]:
     ]
 
 
-class Started:
-    """A command that runs with --help while this process imports."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self.complaints: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed at the end
-        quiet = subprocess.DEVNULL
-        self.process = subprocess.Popen(
-            [path, "--help"], stdin=quiet, stdout=quiet, stderr=self.complaints
-        )
-
-    def problem(self) -> str | None:
-        """Wait for its end; what is wrong with it, if anything."""
-        try:
-            code = self.process.wait(COMMAND_SECONDS)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-            return f"{self.path} --help does not end within {COMMAND_SECONDS} s"
-        self.complaints.seek(0)
-        said = last_line(self.complaints.read().decode(errors="replace"))
-        return f"{self.path} --help fails: {said or f'exit status {code}'}" if code else None
-
-
-def start_commands(
+def found_commands(
     prefix: Path, wanted: Mapping[str, Any]
-) -> tuple[list[Started], list[tuple[str, str]]]:
-    """Start each command as a login finds it; and what could not be found or started."""
-    started: list[Started] = []
+) -> tuple[list[str], list[tuple[str, str]]]:
+    """The paths of the commands; and which of them a login does not find."""
+    paths = []
     problems = []
     optional = [name for name in wanted["optional"] if (prefix / "bin" / name).exists()]
     for name in [*wanted["commands"], *optional]:
         path = str(prefix / "bin" / name)
-        if name in wanted["linked"]:
-            found = shutil.which(name)
-            if found is None or Path(found).resolve() != Path(path).resolve():
-                sentence = f"a login without activation finds {found or 'no ' + name}, not {path}"
-                problems.append(("launcher-not-found", sentence))
-                continue
-        try:
-            started.append(Started(path))
-        except OSError as error:
-            problems.append(("environment-command", f"{path} does not start: {error.strerror}"))
-    return started, problems
+        found = shutil.which(name) if name in wanted["linked"] else path
+        if found is None or Path(found).resolve() != Path(path).resolve():
+            sentence = f"a login without activation finds {found or 'no ' + name}, not {path}"
+            problems.append(("launcher-not-found", sentence))
+        else:
+            paths.append(path)
+    return paths, problems
 
 
 def under_systemd() -> list[str]:
@@ -151,21 +124,30 @@ def under_systemd() -> list[str]:
     if version is None or int(version.group(1)) < SYSTEMD:
         return []
     settings = ["Description=Lockstep: proof of an environment", "Type=oneshot"]
-    settings += [f"TimeoutStartSec={COMMAND_SECONDS}", "TasksMax=infinity"]
+    settings += [f"TimeoutStartSec={UNIT_SECONDS}", "TasksMax=infinity"]
     return ["systemd-run", "--quiet", *(f"--property={each}" for each in settings)]
 
 
-def import_all(
-    prefix: Path, names: list[str], unit: Mapping[str, str]
-) -> tuple[list[tuple[str, str]], str]:
-    """Import the modules under systemd, as the job does; the problems, and the version of torch's NCCL.
+class Tried(NamedTuple):
+    """imports: pairs of a finding's id and a sentence. commands: sentences. nccl: torch's version of it, if any."""
 
-    unit: the variables of the job's unit.
+    imports: list[tuple[str, str]]
+    commands: list[str]
+    nccl: str
+
+
+def try_in_unit(
+    prefix: Path, imports: list[str], commands: list[str], unit: Mapping[str, str]
+) -> Tried:
+    """Import modules and start commands under systemd, as a job does.
+
+    commands: paths. unit: the variables of the job's unit.
     """
     folder = str(Path(manifest.__file__).parents[2])
     with tempfile.TemporaryDirectory() as place:
         answer = f"{place}/answer"
-        command = [f"{prefix}/bin/python", "-m", "roles.environment.imports", str(prefix), *names]
+        command = [f"{prefix}/bin/python", "-m", "roles.environment.trial", str(prefix)]
+        command += [json.dumps(imports), json.dumps(commands)]
         before = under_systemd()
         # What systemd itself gives to every unit stays: a job gets it too.
         fresh = [] if before else ["-i"]
@@ -180,24 +162,27 @@ def import_all(
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
-                timeout=COMMAND_SECONDS + 10,
+                timeout=UNIT_SECONDS + 10,
             )
         except subprocess.TimeoutExpired:
             sentence = (
-                f"importing {', '.join(names)} in {prefix} does not end within {COMMAND_SECONDS} s"
+                f"importing {', '.join(imports)} in {prefix} does not end within {UNIT_SECONDS} s"
             )
-            return [("environment-import", sentence)], ""
+            return Tried([("environment-import", sentence)], [], "")
         found, complaint, status = (_text(f"{answer}{end}") for end in ("", ".error", ".status"))
     if not status:
         reason = last_line(done.stderr.decode(errors="replace")) or f"status {done.returncode}"
-        return [("environment-unit", f"nothing in {prefix} runs under systemd: {reason}")], ""
+        sentence = f"nothing in {prefix} runs under systemd: {reason}"
+        return Tried([("environment-unit", sentence)], [], "")
     try:
         values = json.loads(found)
-        return [(id, text) for id, text in values["problems"]], values["nccl"]
+        return Tried(
+            [(id, text) for id, text in values["imports"]], values["commands"], values["nccl"]
+        )
     except (ValueError, KeyError, TypeError):
         reason = last_line(complaint) or f"exit status {status.strip()}"
-        sentence = f"importing {', '.join(names)} ends the interpreter of {prefix}: {reason}"
-        return [("environment-import", sentence)], ""
+        sentence = f"importing {', '.join(imports)} ends the interpreter of {prefix}: {reason}"
+        return Tried([("environment-import", sentence)], [], "")
 
 
 def _text(path: str) -> str:
@@ -291,15 +276,19 @@ def prove(prefix: Path, wanted: Mapping[str, Any], mode: str) -> list[tuple[str,
     if mode == "files":
         manifest.save(prefix, files)
         return []
-    started, found = start_commands(prefix, wanted)
-    broken, nccl = import_all(prefix, wanted["imports"], wanted["unit"])
-    broken += [("environment-command", text) for one in started if (text := one.problem())]
+    proved = before.get("ok") and before.get("key") == present
+    commands, found = found_commands(prefix, wanted)
+    started, said = start(commands)
+    tried = try_in_unit(prefix, wanted["imports"], [] if proved else commands, wanted["unit"])
+    said += problems_of(started)
+    said += [f"in a job's unit {text}" for text in tried.commands if text not in said]
+    broken = [*tried.imports, *(("environment-command", text) for text in said)]
     found += broken
     if not found:
-        again = manifest.read(prefix, files)  # importing may write some anew
-        files = manifest.without_added(prefix, files, again, installed=False)
+        later = manifest.read(prefix, files)  # importing may write some anew
+        files = manifest.without_added(prefix, files, later, installed=False)
         manifest.save(prefix, files)
-        values = facts(files, nccl)
+        values = facts(files, tried.nccl)
         stamp.update(ok=True, files=values["environment"], facts=values)
         write(prefix / PROOF, stamp)
     elif broken and before.get("archive") == archive and (before.get("ok") or before.get("damage")):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import errno
 import io
 import json
 import os
@@ -25,8 +26,9 @@ from roles import environment, pins, trainer
 from roles.core.role import Finding, Role, Target, Unreadable
 from roles.core.steps import Shell, Upload
 from roles.environment import leftovers, manifest
-from roles.environment.prove import import_all, start_commands
+from roles.environment.prove import found_commands, try_in_unit
 from roles.environment.spec import Environments
+from roles.environment.trial import problems_of, start
 from roles.trainer.spec import TrainerSpec
 from tests.unit.roles.environment.made import CONDA, pack
 
@@ -349,14 +351,40 @@ def test_what_is_installed_by_right_counts_from_then_on_by_its_record(right: Mac
 
 def test_accelerate_is_proved_where_the_environment_has_it(right: Machine) -> None:
     wanted = {"commands": ["greet"], "linked": [], "optional": ["accelerate"]}
-    started, _ = start_commands(right.prefix, wanted)
-    assert [one.path for one in started] == [f"{right.prefix}/bin/greet"]
+    assert found_commands(right.prefix, wanted) == ([f"{right.prefix}/bin/greet"], [])
     script = right.prefix / "bin/accelerate"
     script.write_text("#!/bin/sh\necho no torch >&2; exit 1\n")
     script.chmod(0o755)
-    started, found = start_commands(right.prefix, wanted)
-    assert [one.problem() for one in started] == [None, f"{script} --help fails: no torch"]
-    assert found == []
+    commands, found = found_commands(right.prefix, wanted)
+    started, problems = start(commands)
+    assert problems_of(started) == [f"{script} --help fails: no torch"]
+    assert problems == [] and found == []
+
+
+def test_a_command_is_tried_in_a_job_s_unit_until_it_is_proved_there(right: Machine) -> None:
+    proof, tries = right.prefix / ".lockstep-proof.json", right.root / "tries"
+    script = right.prefix / "bin/greet"
+    count = f'#!/bin/sh\necho "${{PYTHONUNBUFFERED-login}}" >> {tries}\n'
+    script.write_text(f'{count}[ -z "$PYTHONUNBUFFERED" ] || {{ echo no room >&2; exit 1; }}\n')
+    proof.unlink()
+    sentence = f"in a job's unit {script} --help fails: no room"
+    assert prove(right) == f"environment-command\t{sentence}"
+    assert right.ids() == ["environment-unproved"]
+    script.write_text(count)
+    assert prove(right) == "" and right.ids() == []
+    assert sorted(tries.read_text().split()) == ["1", "1", "login", "login"]
+    assert prove(right) == ""  # it is proved there: a login's launchers alone are tried again
+    assert sorted(tries.read_text().split()) == ["1", "1", "login", "login", "login"]
+
+
+def test_a_command_that_fails_everywhere_is_named_once(right: Machine) -> None:
+    (right.prefix / ".lockstep-proof.json").unlink()
+    script = right.prefix / "bin/greet"
+    script.write_text("no program")
+    reason = os.strerror(errno.ENOEXEC)
+    assert prove(right) == f"environment-command\t{script} does not start: {reason}"
+    script.write_text("#!/bin/sh\nexit 3\n")
+    assert prove(right) == f"environment-command\t{script} --help fails: exit status 3"
 
 
 def test_only_the_deep_proof_sees_bytes_that_changed_by_themselves(right: Machine) -> None:
@@ -710,7 +738,7 @@ os.execve(words[0], words, {{"INVOCATION_ID": "1", "PATH": "/none"}})
 """
 
 
-def test_modules_are_imported_in_a_unit_of_systemd_as_a_job_does(
+def test_modules_and_commands_are_tried_in_a_unit_of_systemd_as_a_job_is(
     right: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     programs, sent = right.root / "programs", right.root / "sent/roles/environment"
@@ -718,7 +746,7 @@ def test_modules_are_imported_in_a_unit_of_systemd_as_a_job_does(
     sent.mkdir(parents=True)
     (sent.parent / "__init__.py").touch()
     (sent / "__init__.py").touch()
-    shutil.copy(Path(manifest.__file__).with_name("imports.py"), sent)
+    shutil.copy(Path(manifest.__file__).with_name("trial.py"), sent)
     monkeypatch.setattr(manifest, "__file__", str(sent / "manifest.py"))
 
     def systemd_of(version: int) -> None:
@@ -731,9 +759,12 @@ def test_modules_are_imported_in_a_unit_of_systemd_as_a_job_does(
         "import os\nassert (os.environ['INVOCATION_ID'], os.environ['WORD']) == ('1', 'a $HOME')\n"
     )
     (right.site / "greeting.py").write_text(seen)
+    script = right.prefix / "bin/greet"
+    script.write_text('#!/bin/sh\n[ "$INVOCATION_ID $WORD" = "1 a \\$HOME" ]\n')
 
     def said() -> list[tuple[str, str]]:
-        return import_all(right.prefix, ["greeting"], {"WORD": "a $HOME"})[0]
+        tried = try_in_unit(right.prefix, ["greeting"], [str(script)], {"WORD": "a $HOME"})
+        return tried.imports + [("environment-command", text) for text in tried.commands]
 
     systemd_of(232)
     assert said() == []
@@ -742,10 +773,10 @@ def test_modules_are_imported_in_a_unit_of_systemd_as_a_job_does(
     sentence = f"nothing in {right.prefix} runs under systemd: {reason}"
     assert said() == [("environment-unit", sentence)]
     systemd_of(231)  # no job runs under it: as in a login
-    assert [id for id, _ in said()] == ["environment-import"]
+    assert [id for id, _ in said()] == ["environment-import", "environment-command"]
     systemd_of(232)
     monkeypatch.setattr("roles.environment.prove.RUNNING", str(right.root / "nothing"))
-    assert [id for id, _ in said()] == ["environment-import"]
+    assert [id for id, _ in said()] == ["environment-import", "environment-command"]
 
 
 def test_what_still_names_an_old_place_is_listed_with_its_reason(right: Machine) -> None:
@@ -939,7 +970,7 @@ def test_another_package_called_trainer_is_not_overwritten(trained: Machine) -> 
 
 
 def test_the_scripts_that_run_on_nodes_use_no_syntax_newer_than_they_promise() -> None:
-    environments = ("mend", "prove", "manifest", "imports")
+    environments = ("mend", "prove", "manifest", "trial")
     for name in (*(f"environment/{each}.py" for each in environments), "trainer/install.py"):
         source = Path(environment.__file__).parents[1] / name
         ast.parse(source.read_text(), feature_version=(3, 8))
