@@ -38,6 +38,7 @@ from roles.core.look import AnyRole, Looks, target_of
 from roles.core.mirror import Spread, mirror
 from roles.core.role import PROOF_SECONDS, Finding, Target, Unreadable, proved_wrong, required
 from roles.core.steps import (
+    ON_DISK,
     Download,
     Here,
     Meet,
@@ -201,7 +202,7 @@ class Run:
         for finding in findings:
             session.say(node, f"{role.name}: {finding}")
         others = self.looks.others(role, node)
-        brought = False
+        changed = brought = False
         for step in role.converge(target, self.looks.state(role, node), others, findings):
             self.looks.forget(node)  # before the step: it may fail half way
             if isinstance(step, Meet):
@@ -209,7 +210,9 @@ class Run:
             else:
                 yield FunctionCommand(_carry_out, (step,), {})
             self.looks.forget(node)  # and after it: a peer may have looked meanwhile
-            brought = brought or isinstance(step, Download)
+            changed, brought = True, brought or isinstance(step, Download)
+        if changed:
+            yield FunctionCommand(_carry_out, (ON_DISK,), {})
         if brought:  # what the nodes are asked may follow from what came here
             for name in self.cluster.nodes:
                 self.looks.forget(node.state.inventory.get_host(name))

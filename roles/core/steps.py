@@ -168,6 +168,14 @@ def settled(words: str) -> str:
     return f"if sync --help | grep -q file-system; then sync -f {words}; else sync; fi"
 
 
+ON_DISK = Shell(
+    f"timeout 60 sh -c {quote(settled('/ /etc /usr /var/lib'))} || test $? -eq 124", seconds=120
+)
+"""What the steps before wrote on the node's own disks survives a power cut from now on.
+
+Without it a file that was just written and renamed may be empty after one. A busy disk is waited for a minute.
+"""
+
 APPEAR_SECONDS = 60
 """How long a file that another node wrote may take to be seen here; NFS caches absences."""
 

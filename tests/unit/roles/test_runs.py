@@ -321,6 +321,26 @@ def test_unmanaged_everywhere_looks_at_nothing_of_it_and_changes_nothing(lab: La
     assert Recorded.ran == {} and not lab.said
 
 
+def test_what_a_role_changed_is_on_the_disk_before_the_next_one_begins(lab: Lab) -> None:
+    """As a unit file that was just put there: it may be empty after a power cut."""
+
+    def steps_and_syncs() -> list[str]:
+        ran = [
+            each
+            for script in Recorded.ran["node1"]
+            for each in ("touch", "sync -f / ")
+            if each in script
+        ]
+        Recorded.ran.clear()
+        return ran
+
+    roles = [toy(lab, "a"), toy(lab, "b")]
+    assert not failed(lab.run(*roles))
+    assert steps_and_syncs() == ["touch", "sync -f / ", "touch", "sync -f / "]
+    assert not failed(lab.run(*roles))
+    assert steps_and_syncs() == []
+
+
 def test_a_change_that_does_not_help_fails_the_node_and_says_what_is_left(lab: Lab) -> None:
     useless = toy(lab, "a", steps=lambda node: [Shell("true")])
     assert failed(lab.run(useless, toy(lab, "b"))) == ["node1", "node2"]

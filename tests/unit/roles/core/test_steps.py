@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from roles.core.steps import block_lines, managed_block, settled, write_file
+from roles.core.steps import ON_DISK, block_lines, managed_block, settled, write_file
 
 
 def sh(command: str) -> None:
@@ -77,3 +77,14 @@ def test_a_sync_that_knows_no_file_systems_syncs_everything(
     sync.chmod(0o755)
     sh(f"PATH={tmp_path}:$PATH\n{settled('/place')}\n")
     assert (tmp_path / "given").read_text() == f"{given}\n"
+
+
+@pytest.mark.parametrize(("ends", "failed"), [("exit 0", 0), ("exit 124", 0), ("exit 1", 1)])
+def test_a_disk_that_is_too_busy_is_no_failure_but_one_that_breaks_is(
+    tmp_path: Path, ends: str, failed: int
+) -> None:
+    """timeout(1) ends with 124 where it ended the command."""
+    (tmp_path / "timeout").write_text(f"#!/bin/sh\n{ends}\n")
+    (tmp_path / "timeout").chmod(0o755)
+    script = f"set -e\nPATH={tmp_path}:$PATH\n{ON_DISK.command}"
+    assert subprocess.run(["sh", "-c", script]).returncode == failed
