@@ -51,7 +51,7 @@ SECTIONS: dict[str, Any] = {
     "services": {"running": ["rehearsal"]},
     "nccl": {"version": "2.20.5", "remove": ["/usr/local/lib", "/opt/nccl-old"]},
 }
-BRIEF: dict[str, Any] = {"imports": ["numpy"], "commands": ["torchrun"]}
+BRIEF: dict[str, Any] = {"imports": ["numpy"], "commands": ["f2py"]}
 """What an environment must offer where its whole proof was given before: what the faults break of it."""
 OPENSM = """[Unit]
 ConditionPathExists=

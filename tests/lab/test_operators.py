@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from roles.environment.spec import unit_variables
-from tests.lab.site import Site, bare, beside, with_packages
+from tests.lab.site import BRIEF, Site, bare, beside, with_packages
 
 NODES = ("node1", "node2")
 FOLDER = "/var/lib/lockstep/ops/main"
@@ -45,8 +45,12 @@ def site() -> Iterator[Site]:
         archive = site.directory / "headers.tar.zst"
         (site.directory / "trimmed.tar.zst").symlink_to(declared["archive"])
         with_headers(Path(declared["archive"]), archive)
-        brief = {"imports": ["numpy"], "commands": ["f2py"]}  # the role itself proves torch
-        main = {**declared, "archive": str(archive), "ops": ["shm_comm"], **brief}
+        main = {
+            **declared,
+            "archive": str(archive),
+            "ops": ["shm_comm"],
+            **BRIEF,
+        }  # which proves torch itself
         site.declare(
             packages={"local": "/srv/lockstep/packages", "install": ["pdsh", "rsync", "zstd"]},
             compiler={},
