@@ -224,7 +224,7 @@ def put_in_place(one: Declared, archive: Archive, stamped: bool = True) -> str:
         f'  elif [ -e "$P/{STAMP}" ] || [ -e "$P.before-lockstep" ]; then O=$P.lockstep-old\n'
         "  else O=$P.before-lockstep; fi\n"
         f'  if [ "$O" != "$P.before-lockstep" ]; then\n    {older}  fi\n'
-        f'  mv -T "$P" "$O"\n  rm -f "$P.lockstep-new-damaged/{STAMP}"\nfi\n'
+        f'  mv -T "$P" "$O"\n  case $O in *-damaged) rm -f "$O/{STAMP}";; esac\nfi\n'
         'mv -T "$N" "$P"\n'
         'sync "${P%/*}"\n'
         f"{_remove(BESIDE)}{_clean(one)}"
