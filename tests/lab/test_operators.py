@@ -45,12 +45,7 @@ def site() -> Iterator[Site]:
         archive = site.directory / "headers.tar.zst"
         (site.directory / "trimmed.tar.zst").symlink_to(declared["archive"])
         with_headers(Path(declared["archive"]), archive)
-        main = {
-            **declared,
-            "archive": str(archive),
-            "ops": ["shm_comm"],
-            **BRIEF,
-        }  # which proves torch itself
+        main = {**declared, "archive": str(archive), "ops": ["shm_comm"], **BRIEF}
         site.declare(
             packages={"local": "/srv/lockstep/packages", "install": ["pdsh", "rsync", "zstd"]},
             compiler={},
