@@ -1,7 +1,9 @@
 """Brings an environment to its prefix as a whole: unpacked beside it, mended, stamped, put in place.
 
-At any power cut there is the old tree, or the new one, or (between two renames) the new one beside the
-empty prefix, which the next run puts in place. A tree without a stamp never counts.
+One version takes the place of another in one step, so whoever looks finds the old tree or the new one, at a
+power cut too. Where the file system cannot exchange two names, and where the tree in place is damaged or is
+not Lockstep's, two renames do it; a cut between them leaves the new tree beside the prefix, and the next run
+puts it in place. A tree without a stamp never counts.
 """
 
 from __future__ import annotations
@@ -31,6 +33,12 @@ ASIDE = f"{STAMP}.aside"
 """The stamp of an environment while something is installed into it."""
 BESIDE = '"$P".lockstep-new-*'
 """Trees that a change made beside the prefix, as words of the shell."""
+EXCHANGE = """\
+import ctypes, os, sys
+one, other = map(os.fsencode, sys.argv[1:])
+sys.exit(ctypes.CDLL(None).renameat2(-100, one, -100, other, 2))
+"""
+"""Python that gives each of two paths the other's name at once: renameat2(2), AT_FDCWD and RENAME_EXCHANGE."""
 LOGIN = "env -i HOME=/root PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 """What a login that runs no shell profile has: how launchers reach the other nodes."""
 
@@ -212,7 +220,7 @@ def put_in_place(one: Declared, archive: Archive, stamped: bool = True) -> str:
 
     What Lockstep did not make is kept for good, as ``PREFIX.before-lockstep``.
     """
-    older = _remove('"$O"')
+    old, damaged = '"$P.lockstep-old"', '"$P.lockstep-new-damaged"'
     return (
         f"P={quote(one.prefix)} N={quote(beside(one, archive))}\n"
         # An earlier run that went on may have done it since the node was looked at.
@@ -220,14 +228,15 @@ def put_in_place(one: Declared, archive: Archive, stamped: bool = True) -> str:
         + 'if [ -e "$P" ] || [ -L "$P" ]; then\n'
         # One of the same archive, or that pip left half, is no earlier version: it is damaged.
         f'  if grep -q {archive.sha256} "$P/{STAMP}" 2>/dev/null || [ -e "$P/{ASIDE}" ]; then\n'
-        "    O=$P.lockstep-new-damaged\n"
-        f'  elif [ -e "$P/{STAMP}" ] || [ -e "$P.before-lockstep" ]; then O=$P.lockstep-old\n'
-        "  else O=$P.before-lockstep; fi\n"
-        f'  if [ "$O" != "$P.before-lockstep" ]; then\n    {older}  fi\n'
-        f'  mv -T "$P" "$O"\n  case $O in *-damaged) rm -f "$O/{STAMP}";; esac\nfi\n'
-        'mv -T "$N" "$P"\n'
+        f'    {_remove(damaged)}    mv -T "$P" {damaged}\n    rm -f {damaged}/{STAMP}\n'
+        f'  elif [ -e "$P/{STAMP}" ]; then\n'
+        f'    {_remove(old)}    mv -T "$N" {old}\n    {_swap(archive)}'
+        '  elif [ -e "$P.before-lockstep" ]; then\n'
+        f'    {_remove(old)}    mv -T "$P" {old}\n'
+        '  else mv -T "$P" "$P.before-lockstep"; fi\nfi\n'
+        'if [ -e "$N" ]; then mv -T "$N" "$P"; fi\n'
         'sync "${P%/*}"\n'
-        f"{_remove(BESIDE)}{_clean(one)}"
+        f"{_clean(one)}"
     )
 
 
@@ -237,13 +246,22 @@ def put_back(one: Declared, archive: Archive) -> str:
         f"P={quote(one.prefix)}\n"
         # An earlier run that went on may have done it since the node was looked at.
         f'grep -q {archive.sha256} "$P.lockstep-old/{STAMP}" || exit 0\n'
-        'if [ -e "$P" ]; then\n'
-        f"  {_remove(BESIDE)}"
-        f'  b=$(sed -n \'s/.*"archive": "\\([0-9a-f]\\{{12\\}}\\).*/\\1/p\' "$P/{STAMP}")\n'
-        '  mv -T "$P" "$P.lockstep-new-$b"\nfi\n'
-        'mv -T "$P.lockstep-old" "$P"\n'
+        f"{_swap(archive)}"
         'sync "${P%/*}"\n'
         f"{_clean(one)}"
+    )
+
+
+def _swap(archive: Archive) -> str:
+    """Shell: the tree in $P.lockstep-old, of this archive, becomes $P, and what was there the kept one."""
+    program = f'"$P.lockstep-old"/{quote(archive.interpreter)}'
+    return (
+        f'{program} -I -S -B -c {quote(EXCHANGE)} "$P" "$P.lockstep-old" 2>/dev/null || {{\n'
+        '  if [ -e "$P" ] || [ -L "$P" ]; then\n'
+        f"    {_remove(BESIDE)}"
+        f'    b=$(sed -n \'s/.*"archive": "\\([0-9a-f]\\{{12\\}}\\).*/\\1/p\' "$P/{STAMP}")\n'
+        '    mv -T "$P" "$P.lockstep-new-$b"\n  fi\n'
+        '  mv -T "$P.lockstep-old" "$P"\n}\n'
     )
 
 

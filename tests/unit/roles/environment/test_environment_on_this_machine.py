@@ -497,30 +497,86 @@ def test_declaring_the_earlier_archive_again_puts_its_tree_back_without_unpackin
     assert words(right) == ["hello"]
 
 
-@pytest.mark.parametrize(
-    ("renames", "id"), [(1, "environment-missing"), (2, "environment-leftover")]
-)
-def test_a_power_cut_while_the_earlier_tree_is_put_back_is_finished_by_one_run(
-    right: Machine, packed: Path, renames: int, id: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first, right.entry = right.entry, other_archive(right, packed)
-    right.settle()
-    right.entry = first
-    monkeypatch.setenv("PATH", f"{right.root}/cut:{os.environ['PATH']}")
-    (right.root / "cut").mkdir()
-    mv = right.root / "cut/mv"
-    mv.write_text(
-        f"#!/bin/sh\necho x >>{right.root}/cut/count\n"
-        f'test "$(wc -l <{right.root}/cut/count)" -le {renames} || {{ kill -9 $PPID; exit; }}\n'
-        f'exec {shutil.which("mv", path=os.defpath)} "$@"\n'
-    )
+def without_exchange(patch: pytest.MonkeyPatch) -> None:
+    """As on a file system that cannot exchange two names."""
+    patch.setattr(sys.modules["roles.environment.converge"], "EXCHANGE", "raise SystemExit(1)")
+
+
+def before_each_mv(machine: Machine, patch: pytest.MonkeyPatch, text: str) -> Path:
+    """From here on a shell runs this text at every ``mv`` first; the program that does so."""
+    (machine.root / "cut").mkdir()
+    mv = machine.root / "cut/mv"
+    real = shutil.which("mv", path=os.defpath)
+    mv.write_text(f'#!/bin/sh\ncd {machine.root}/cut\n{text}\nexec {real} "$@"\n')
     mv.chmod(0o755)
+    patch.setenv("PATH", f"{machine.root}/cut:{os.environ['PATH']}")
+    return mv
+
+
+@pytest.mark.parametrize("renames", [False, True])
+def test_whoever_looks_while_a_version_takes_the_place_of_another_finds_one_of_them(
+    right: Machine, packed: Path, renames: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = right.entry, other_archive(right, packed)
+    if renames:
+        without_exchange(monkeypatch)
+    looks = f"test -x {right.prefix}/bin/python && echo found >>looks || echo nothing >>looks"
+    before_each_mv(right, monkeypatch, looks)
+    for entry, now in ((second, ["hi", "hello"]), (first, ["hello", "hi"])):
+        right.entry = entry
+        right.settle()
+        assert words(right) == now
+    seen = (right.root / "cut/looks").read_text().split()
+    assert ("nothing" in seen) == renames and "found" in seen
+
+
+@pytest.mark.parametrize(
+    ("back", "renames", "id"),
+    [
+        (False, 1, "environment-version"),
+        (False, 2, "environment-missing"),
+        (False, 3, "environment-leftover"),
+        (True, 1, "environment-missing"),
+        (True, 2, "environment-leftover"),
+    ],
+)
+def test_a_power_cut_while_trees_change_their_names_is_finished_by_one_run(
+    right: Machine,
+    packed: Path,
+    back: bool,
+    renames: int,
+    id: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """back: while an earlier tree is put back; else while a new one takes the place of the one before."""
+    without_exchange(monkeypatch)
+    entry, right.entry = right.entry, other_archive(right, packed)
+    if back:
+        right.settle()
+        right.entry = entry
+    text = (
+        f'case "$*" in *.json*) ;; *) echo x >>count; '
+        f'test "$(wc -l <count)" -le {renames} || {{ kill -9 $PPID; exit; }};; esac'
+    )
+    mv = before_each_mv(right, monkeypatch, text)
     with pytest.raises((AssertionError, IndexError)):
         right.converge()
     mv.unlink()
     assert right.ids() == [id]
     right.settle()
-    assert words(right) == ["hello", "hi"]
+    assert words(right) == (["hello", "hi"] if back else ["hi", "hello"])
+
+
+def test_a_second_tree_that_someone_made_by_hand_is_kept_until_the_next_change(
+    machine: Machine, packed: Path
+) -> None:
+    for word in ("first", "second"):
+        shutil.rmtree(machine.prefix, ignore_errors=True)
+        machine.prefix.mkdir(parents=True)
+        (machine.prefix / word).touch()
+        machine.settle()
+    assert (machine.prefix.parent / "llm.before-lockstep/first").exists()
+    assert (machine.prefix.parent / "llm.lockstep-old/second").exists()
 
 
 def test_what_importing_itself_writes_is_no_damage(machine: Machine, packed: Path) -> None:
