@@ -16,12 +16,12 @@ from pathlib import Path
 from inventory.cluster import Cluster
 from roles.core.role import Finding, Peers, Target
 from roles.core.steps import Shell, Step, Upload, any_of, quote, settled
-from roles.environment import parcel
+from roles.environment import launchers, parcel
 from roles.environment.archive import Archive
 from roles.environment.drift import Action, Pair, pairs, wanted_proof, wanted_stamp
 from roles.environment.parcel import deliver, intact, note, place_of
 from roles.environment.pinned import incomplete
-from roles.environment.probe import BIN_ON_PATH, EnvironmentState, archive_of, parcel_of
+from roles.environment.probe import EnvironmentState, archive_of, parcel_of
 from roles.environment.prove import STAMP
 from roles.environment.room import room
 from roles.environment.sources import described
@@ -99,7 +99,7 @@ def converge(
         if Action.CLEAN in actions:
             yield Shell(alone(f"P={quote(one.prefix)}\n{_clean(one)}"), UNPACK_SECONDS)
         if Action.LINK in actions:
-            yield Shell(link(one))
+            yield Shell(launchers.write(one))
 
 
 def alone(command: str, seconds: int = UNPACK_SECONDS // 2) -> str:
@@ -290,20 +290,6 @@ def mend_in_place(one: Declared, archive: Archive) -> str:
         f'P={quote(one.prefix)}\nrm -f "$P"/{STAMP}.new\n{_mend("P", archive)}'
         f'for c in {commands}; do if [ -f "$c" ]; then chmod a+rx "$c"; fi; done\n'
         f"{_stamp('P', one, archive)}"
-    )
-
-
-def link(one: Declared) -> str:
-    """Shell: the commands in /usr/local/bin; a file there that is no link is left alone."""
-    optional = "".join(
-        f" $([ ! -f {quote(one.prefix)}/bin/{name} ] || echo {name})" for name in one.optional
-    )
-    words = " ".join(map(quote, one.linked)) + optional
-    return (
-        f"mkdir -p {BIN_ON_PATH}\nfor c in {words}; do l={BIN_ON_PATH}/$c\n"
-        '  if [ -L "$l" ] || ! [ -e "$l" ]; then\n'
-        f'    ln -sfn {quote(one.prefix)}/bin/"$c" "$l.lockstep-new"; mv -fT "$l.lockstep-new" "$l"\n'
-        "  fi\ndone\n"
     )
 
 

@@ -12,8 +12,9 @@ from roles.core.role import Finding, Peers, Target
 from roles.environment import mend, prove
 from roles.environment.archive import Archive, ArchiveProblem
 from roles.environment.fit import misfit
+from roles.environment.launchers import BIN_ON_PATH
 from roles.environment.pinned import replaced
-from roles.environment.probe import BIN_ON_PATH, EnvironmentState, Seen, stamp_values
+from roles.environment.probe import EnvironmentState, Seen, stamp_values
 from roles.environment.sources import Unread, described
 from roles.environment.spec import Declared, Environments, of_metadata
 
@@ -48,7 +49,7 @@ def wanted_stamp(one: Declared, archive: Archive) -> str:
 def wanted_proof(one: Declared, archive: Archive | None) -> dict[str, list[str]]:
     """What the proof must show, as ``prove.py`` takes it."""
     wanted = {"imports": one.spec.imports, "commands": one.spec.commands, "linked": one.linked}
-    wanted["optional"] = one.optional
+    wanted["optional"], wanted["python"] = one.optional, [one.python] if one.python else []
     if names := replaced(one, archive):
         wanted["pins"] = names
     return wanted
@@ -268,7 +269,7 @@ def _strange(one: Declared, seen: Seen) -> Iterator[str]:
 
 
 def _links(one: Declared, seen: Seen) -> Iterator[Pair]:
-    names = [*one.linked, *(name for name in one.optional if name in seen.links)]
+    names = list(dict.fromkeys([*one.linked, *seen.links]))
     absent = [name for name in names if seen.links.get(name, "absent") == "absent"]
     foreign = [name for name in names if seen.links.get(name) == "foreign"]
     elsewhere = [

@@ -10,16 +10,14 @@ from typing import Any, Literal
 from inventory.cluster import Cluster
 from roles.core.role import Target, Unreadable, whole
 from roles.core.steps import quote
-from roles.environment import parcel, sources
+from roles.environment import launchers, parcel, sources
 from roles.environment.archive import Archive, ArchiveProblem
 from roles.environment.fit import PROBE, Offer, offer
 from roles.environment.parcel import Parcel
 from roles.environment.pinned import incomplete
 from roles.environment.prove import PROOF, STAMP
-from roles.environment.spec import HOME_OF_ENVIRONMENTS, Declared, Environments
+from roles.environment.spec import Declared, Environments
 from roles.storage.spec import depot
-
-BIN_ON_PATH = "/usr/local/bin"
 
 Tree = Literal["absent", "directory", "file"]
 
@@ -40,8 +38,8 @@ class Seen:
     interpreter: size and time of bin/python, empty where it cannot run; home: the node's interpreter
     that a venv borrows, as the real path, empty where it is missing.
     distributions: names of the metadata folders. site: site-packages, empty where there is none.
-    commands: the declared ones that lie in bin. links: declared command to ok, absent, foreign, or
-    where a link of ours leads instead.
+    commands: the declared ones that lie in bin. links: command that a login shall find to ok, absent,
+    foreign, or where ours leads instead.
     fresh: trees beside the prefix that a broken-off change left, with their stamps (empty: half).
     kept: text of the stamp of the earlier tree that is kept beside it (empty: none in it); None without one.
     incomplete: what replaces some of the archive's distributions is still to be installed.
@@ -141,9 +139,6 @@ def _probe_one(one: Declared, archive: Archive | None) -> str:
     condition = incomplete(one, archive)
     unfinished = f"if {condition}; then echo incomplete; fi\n" if condition else ""
     commands = " ".join(map(quote, [*one.spec.commands, *one.optional]))
-    links = " ".join(map(quote, one.linked))
-    if one.on_path:
-        links += "".join(f' $([ ! -f "$P/bin/{name}" ] || echo {name})' for name in one.optional)
     return (
         f"P={quote(one.prefix)}\nprintf 'environment %s\\n' {quote(one.name)}\n"
         'if [ -d "$P" ]; then echo "tree directory"\n'
@@ -158,14 +153,7 @@ def _probe_one(one: Declared, archive: Archive | None) -> str:
         "    case $b in \"'''exec'\"*) ;; *) b=;; esac\n"
         '    printf \'command %s %s %s\\t%s\\n\' "$c" $x "$a" "$b"\n'
         "  fi\ndone\n"
-        f"for c in {links}; do l={BIN_ON_PATH}/$c\n"
-        '  if ! [ -L "$l" ]; then k=absent; [ -e "$l" ] && k=foreign\n'
-        '  elif [ "$l" -ef "$P/bin/$c" ]; then k=ok\n'
-        '  else k=$(readlink "$l")\n'
-        f'    case $k in "$P"/*|{HOME_OF_ENVIRONMENTS}/*) ;; *)\n'
-        f'      [ -e "${{k%/bin/$c}}/{STAMP}" ] || k=foreign;; esac\n'
-        "  fi\n"
-        '  printf \'link %s %s\\n\' "$c" "$k"\ndone\n'
+        f"{launchers.look(one)}"
         'for n in "$P".lockstep-new-*; do\n'
         '  if [ -d "$n" ]; then l=\n'
         f'    if [ -f "$n/{STAMP}" ]; then IFS= read -r l <"$n/{STAMP}"; fi\n'

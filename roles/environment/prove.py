@@ -7,7 +7,8 @@ the distributions, the interpreter and the commands; this one also sees every fi
 (0.2 s for 25,000 files that are not), and reads all of them again when asked to (1.8 s a GB on two cores).
 
     python -m roles.environment.prove PREFIX WANTED [stale | files]
-        WANTED: JSON of imports, commands, linked, optional, pins, and of the job's variables under "unit"
+        WANTED: JSON of imports, commands, linked, optional, python (always, else), pins, and of the job's
+            variables under "unit"
         stale: do nothing where a valid stamp lies; files: only read all files again
 """
 
@@ -31,6 +32,8 @@ from roles.environment.trial import COMMAND_SECONDS, last_line, problems_of, sta
 
 STAMP = ".lockstep-environment.json"
 PROOF = ".lockstep-proof.json"
+MADE = "# Written by Lockstep; changes are lost."
+"""A line of the script that starts the environment's python for a login."""
 OWN = "lockstep-trainer"
 VERSION = 3
 """Counts changes of what a proof shows: an older one is stale."""
@@ -100,13 +103,34 @@ def found_commands(
     optional = [name for name in wanted["optional"] if (prefix / "bin" / name).exists()]
     for name in [*wanted["commands"], *optional]:
         path = str(prefix / "bin" / name)
-        found = shutil.which(name) if name in wanted["linked"] else path
+        linked = name in wanted["linked"] and name != "python"
+        found = shutil.which(name) if linked else path
         if found is None or Path(found).resolve() != Path(path).resolve():
             sentence = f"a login without activation finds {found or 'no ' + name}, not {path}"
             problems.append(("launcher-not-found", sentence))
         else:
             paths.append(path)
+    if wanted["python"]:
+        sentence = python_problem(prefix, always=wanted["python"] == ["always"])
+        problems += [("launcher-not-found", sentence)] if sentence else []
     return paths, problems
+
+
+def python_problem(prefix: Path, always: bool) -> str:
+    """What is wrong with the ``python`` that a login finds; empty where it is the environment's, or may be another."""
+    wanted, found = f"{prefix}/bin/python", shutil.which("python")
+    if found is None:
+        return f"a login without activation finds no python, not {wanted}"
+    if not always and MADE.encode() not in Path(found).read_bytes()[:1000]:
+        return ""
+    try:
+        ask = [found, "-c", "import sys; print(sys.prefix)"]
+        said = subprocess.run(ask, stdout=subprocess.PIPE).stdout.decode().strip()
+    except OSError as error:
+        return f"{found} does not start: {error.strerror}"
+    if said and Path(said).resolve() == prefix.resolve():
+        return ""
+    return f"a login without activation finds {found} of {said or 'nothing'}, not {wanted}"
 
 
 def under_systemd() -> list[str]:

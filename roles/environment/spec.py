@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
@@ -110,8 +110,9 @@ class Environment(Strict):
     imports: modules that must import there.
     commands: programs of its ``bin`` that must run there; where none are given, also accelerate if it
         is in the environment.
-    on_path: links to these commands in /usr/local/bin, so that a shell without activation finds them
-        (never one called python or pip); None means yes for the only environment, no beside others.
+    on_path: these commands in /usr/local/bin, so that a shell without activation finds them (never pip or
+        python3, and python where the system has none, or where it is among the commands); None means yes
+        for the only environment, no beside others.
     pins: distribution name to the exact version that replaces the archive's own.
     wheels: directory on the control machine with the wheels of the pins and of ``requirements``.
     index: address of the package index where there is no such directory.
@@ -198,12 +199,14 @@ class Declared:
 
     linked: the commands that /usr/local/bin must lead to this environment.
     optional: commands of which the same holds where the environment has them.
+    python: whether a plain ``python`` leads to it: always, or where the system has none, or (empty) never.
     """
 
     name: str
     spec: Environment
     prefix: str
     on_path: bool
+    python: Literal["always", "else", ""] = ""
 
     @property
     def accepted(self) -> set[tuple[str, str]]:
@@ -220,9 +223,9 @@ class Declared:
 
     @property
     def linked(self) -> list[str]:
-        """Never python or pip: those names in /usr/local/bin would hide the system's own."""
+        """Never pip or python3: those names in /usr/local/bin would hide the system's own."""
         names = self.spec.commands if self.on_path else []
-        return [name for name in names if not re.match(r"(python|pip)[0-9.]*$", name)]
+        return [name for name in names if not re.match(r"(python[0-9.]+|pip[0-9.]*)$", name)]
 
     @property
     def optional(self) -> list[str]:
@@ -258,7 +261,7 @@ class Environments(Spec):
     def each(self) -> list[Declared]:
         """The environments in the order of the file."""
         only = len(self.__pydantic_extra__) == 1
-        return [
+        declared = [
             Declared(
                 name,
                 spec,
@@ -267,6 +270,10 @@ class Environments(Spec):
             )
             for name, spec in self.__pydantic_extra__.items()
         ]
+        named = [one for one in declared if "python" in one.linked]
+        first = (named or [one for one in declared if one.on_path])[:1]
+        way: Literal["always", "else"] = "always" if named else "else"
+        return [replace(one, python=way) if one in first else one for one in declared]
 
     def problems(self, cluster: Cluster) -> Iterable[tuple[str, str]]:
         """Contradictions between environments, and with the shared storage."""

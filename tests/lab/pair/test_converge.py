@@ -101,10 +101,12 @@ def test_commands_and_imports_work_from_a_plain_ssh_login(lab: Site) -> None:
     declared = yaml.safe_load(lab.cluster.read_text())
     done = lab.run(
         "ssh", "-i", declared["ssh"]["key"], "-o", f"UserKnownHostsFile={declared['ssh']['known_hosts']}",
-        "-o", "BatchMode=yes", f"root@{declared['nodes']['node1']['address']}", "torchrun --help && ssh node2 torchrun --help",
+        "-o", "BatchMode=yes", f"root@{declared['nodes']['node1']['address']}",
+        "torchrun --help && ssh node2 torchrun --help && ssh node2 \"python -c 'import torch; print(torch.__file__)'\"",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("usage: torchrun") == 2
+    assert done.stdout.splitlines()[-1].startswith("/opt/lockstep/envs/main/lib/")
 
 
 @pytest.fixture(scope="module")

@@ -286,7 +286,7 @@ def test_accelerate_is_linked_where_the_environment_has_it_and_nobody_named_the_
     (finding,) = findings(seen)
     assert (finding.id, finding.seen) == ("launcher-not-found", "no accelerate")
     (step,) = steps(seen)
-    assert f"[ ! -f {PREFIX}/bin/accelerate ] || echo accelerate" in step.command
+    assert '[ ! -f "$P/bin/accelerate" ] || echo accelerate' in step.command
     assert ids(replace(seen, links={**right().links, "accelerate": "ok"})) == []
     named = Environments.model_validate({"llm": {"archive": "/a.tar", "commands": ["torchrun"]}})
     assert "accelerate" not in probe(target(section=named)) and named.each()[0].optional == []

@@ -350,7 +350,7 @@ def test_what_is_installed_by_right_counts_from_then_on_by_its_record(right: Mac
 
 
 def test_accelerate_is_proved_where_the_environment_has_it(right: Machine) -> None:
-    wanted = {"commands": ["greet"], "linked": [], "optional": ["accelerate"]}
+    wanted = {"commands": ["greet"], "linked": [], "optional": ["accelerate"], "python": []}
     assert found_commands(right.prefix, wanted) == ([f"{right.prefix}/bin/greet"], [])
     script = right.prefix / "bin/accelerate"
     script.write_text("#!/bin/sh\necho no torch >&2; exit 1\n")
@@ -359,6 +359,75 @@ def test_accelerate_is_proved_where_the_environment_has_it(right: Machine) -> No
     started, problems = start(commands)
     assert problems_of(started) == [f"{script} --help fails: no torch"]
     assert problems == [] and found == []
+
+
+@pytest.fixture
+def login(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the machine's logins find commands: here is no python but what comes there."""
+    folder = machine.root / "bin"
+    folder.mkdir()
+    for name in ("sh", "cat"):
+        (folder / name).symlink_to(str(shutil.which(name, path=os.defpath)))
+    names = sys.modules["roles.environment.launchers"]
+    monkeypatch.setattr(names, "BIN_ON_PATH", str(folder))
+    monkeypatch.setattr(names, "SYSTEM_PYTHON", str(machine.root / "system/python"))
+    way = f"env -i HOME=/root PATH={folder}:{machine.root}/system"
+    monkeypatch.setattr(sys.modules["roles.environment.converge"], "LOGIN", way)
+    del machine.entry["on_path"]
+    return folder
+
+
+PREFIX_OF = "-c 'import sys, greeting; print(sys.prefix)'"
+
+
+def test_a_login_finds_the_environment_s_python_and_what_is_wrong_with_it(
+    machine: Machine, login: Path
+) -> None:
+    machine.settle()
+    python = login / "python"
+    assert shell(f"{python} {PREFIX_OF}") == str(machine.prefix)
+    right = python.read_text()
+    linked = machine.prefix / "bin/python"
+    for spoilt in (None, 0o644, right.replace("/llm/", "/of-before/"), linked):
+        if isinstance(spoilt, int):
+            python.chmod(spoilt)
+        else:
+            python.unlink()
+        if isinstance(spoilt, Path):
+            python.symlink_to(spoilt)
+        elif isinstance(spoilt, str):
+            python.write_text(spoilt)
+            python.chmod(0o755)
+        assert machine.ids() == ["launcher-not-found"]
+        assert (spoilt == linked) or "launcher-not-found\ta login without" in prove(machine)
+        machine.settle()
+        assert python.read_text() == right
+    python.write_text(right.replace(str(machine.prefix / "bin/python"), sys.executable))
+    sentence = f"a login without activation finds {python} of {sys.prefix}, not {linked}"
+    assert prove(machine) == f"launcher-not-found\t{sentence}"
+
+
+def test_a_python_of_somebody_else_stays_unless_the_environment_s_is_asked_for(
+    machine: Machine, login: Path
+) -> None:
+    system, python = machine.root / "system/python", login / "python"
+    system.parent.mkdir()
+    system.symlink_to(sys.executable)
+    machine.settle()
+    assert not python.exists() and (login / "greet").is_symlink()
+    machine.entry["commands"] = ["greet", "python"]
+    assert "launcher-not-found" in machine.ids()
+    machine.settle()
+    assert shell(f"{python} {PREFIX_OF}") == str(machine.prefix)
+    python.unlink()
+    python.symlink_to(system)
+    assert "environment-foreign-command" in machine.ids()
+    (login / "greet").unlink()
+    machine.converge()
+    assert (login / "greet").is_symlink() and python.readlink() == system
+    machine.entry["commands"] = ["greet"]
+    machine.settle()
+    assert python.readlink() == system
 
 
 def test_a_command_is_tried_in_a_job_s_unit_until_it_is_proved_there(right: Machine) -> None:

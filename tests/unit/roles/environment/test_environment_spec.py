@@ -36,12 +36,22 @@ def test_beside_others_an_environment_is_on_the_path_only_when_asked() -> None:
     assert [one.on_path for one in found] == [False, True]
 
 
-def test_python_and_pip_are_never_linked_over_the_systems() -> None:
-    commands = ["python", "python3.11", "pip3", "torchrun", "pipx"]
-    assert environments(a={"archive": "a.tar", "commands": commands}).each()[0].linked == [
-        "torchrun",
-        "pipx",
-    ]
+def test_pip_and_python3_are_never_linked_over_the_systems() -> None:
+    commands = ["python", "python3", "python3.11", "pip", "pip3", "torchrun", "pipx"]
+    (one,) = environments(a={"archive": "a.tar", "commands": commands}).each()
+    assert one.linked == ["python", "torchrun", "pipx"] and one.python == "always"
+
+
+def test_a_plain_python_leads_to_one_environment_on_the_path() -> None:
+    def ways(**entries: Any) -> list[str]:
+        found = {name: {"archive": f"{name}.tar", **entry} for name, entry in entries.items()}
+        return [one.python for one in environments(**found).each()]
+
+    on, off = {"on_path": True, "commands": ["x"]}, {"on_path": False}
+    other = {"on_path": True, "commands": ["python"]}
+    assert ways(a={}) == ["else"] and ways(a=off) == [""] and ways(a={}, b={}) == ["", ""]
+    assert ways(a=off, b=on, c={**on, "commands": ["y"]}) == ["", "else", ""]
+    assert ways(a=on, b=other) == ["", "always"]
 
 
 @pytest.mark.parametrize(
