@@ -181,19 +181,22 @@ ON_DISK = Shell(
 Without it a file that was just written and renamed may be empty after one. A busy disk is waited for a minute.
 """
 
-APPEAR_SECONDS = 60
-"""How long a file that another node wrote may take to be seen here; NFS caches absences."""
+APPEAR_SECONDS = 90
+"""How long a file that another node wrote may take to be seen here; NFS caches absences for a minute (acdirmax)."""
 
 
-def appears(file: str, parents: Iterable[str], sentence: str) -> str:
+def appears(file: str, sentence: str) -> str:
     """Shell that waits until a file which another node wrote is seen here, and ends with the sentence where it is not.
 
-    parents: folders above it, which listed make a client of NFS ask the server again. All are words of the shell.
+    Both are words of the shell. To list the last folder of the path that is seen makes a client of NFS ask the
+    server again; a path through one that is not seen yet asks nothing.
     """
     return (
-        f"left={APPEAR_SECONDS * 2}\nuntil test -e {file}; do\n"
-        f"  ls {' '.join(parents)} >/dev/null 2>&1 || :\n"
-        f"  left=$((left - 1)); test $left -gt 0 || {{ echo {sentence} >&2; exit 1; }}; sleep 0.5\ndone\n"
+        f"( left={APPEAR_SECONDS * 2}\nuntil test -e {file}; do\n"
+        f'  d=$(dirname {file}); until test -d "$d"; do d=$(dirname "$d"); done\n'
+        '  ls "$d" >/dev/null 2>&1 || :\n'
+        f"  left=$((left - 1)); test $left -gt 0 || {{ echo {sentence} >&2; exit 1; }}; sleep 0.5\n"
+        "done ) || exit 1\n"
     )
 
 

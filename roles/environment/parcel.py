@@ -95,10 +95,9 @@ def note(cluster: Cluster, parcel: Parcel) -> str:
 def intact(sha256: str, place: str) -> str:
     """Shell that comes before a parcel is used: one that was damaged where it lies ends it and goes, so
     that the next run brings it again. Both are words of the shell."""
-    folder = f'"$(dirname {place})"'
     unseen = f'{place}" is not seen here: converge again"'
     return (
-        f"{appears(place, [f'{folder}/..', folder], unseen)}"
+        f"{appears(place, unseen)}"
         f'if ! echo {sha256}"  "{place} | sha256sum -c --status -; then rm -f {place}\n'
         f'  echo {place}" was damaged, and is removed: converge again" >&2; exit 1; fi\n'
     )

@@ -136,10 +136,9 @@ def start(launch: Launch) -> str:
     directory = launch.attempt_directory
     plan, started = quote(f"{directory}/plan.json"), quote(f"{directory}/{launch.node}.started")
     unseen = f"{directory} is not seen on {launch.node}: do all nodes share that storage?"
-    parents = [quote(f"{launch.run}/{each}") for each in ("..", ".", "attempts")]
     active = f"{launch.unit} is active already on {launch.node}: somebody else started it"
     return (
-        f"{appears(plan, parents, quote(unseen))}"
+        f"{appears(plan, quote(unseen))}"
         f"if systemctl is-active -q {quote(launch.unit)}; then echo {quote(active)} >&2; exit 1; fi\n"
         f"{write_file(path(launch), unit_file(launch), mode='0600', backup=False)}\n"
         "systemctl daemon-reload\n"

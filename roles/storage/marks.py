@@ -53,7 +53,7 @@ def _enter(target: Target[StorageSpec], state: StorageState) -> str:
 def _see_the_mark(target: Target[StorageSpec], enter: str) -> str:
     head = target.cluster.head.name
     sentence = f"{target.spec.path} is not the directory that {head} sees: mount the same one on every node"
-    return f"{enter}{appears('.lockstep/id', ('.', '.lockstep'), quote(sentence))}"
+    return f"{enter}{appears('.lockstep/id', quote(sentence))}"
 
 
 def _token(target: Target[StorageSpec], enter: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 from pathlib import Path
 
@@ -29,6 +30,25 @@ def place(tmp_path: Path) -> Path:
 def test_what_is_not_seen_yet_is_waited_for(place: Path) -> None:
     done = used(place, f"(sleep 1; printf whole >{quote(str(place))}) & ")
     assert (done.returncode, done.stdout, done.stderr) == (0, "used\n", "")
+
+
+def test_the_last_folder_that_is_seen_is_listed_until_the_file_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client of NFS sees what is new in a folder once it lists it."""
+    root, tools = tmp_path / "shared", tmp_path / "tools"
+    root.mkdir()
+    tools.mkdir()
+    (tools / "ls").write_text(
+        f"#!/bin/sh\ncase $1 in {root}) mkdir {root}/a;; {root}/a) mkdir {root}/a/b;;\n"
+        f"  {root}/a/b) echo whole >{root}/a/b/file;; *) exit 2;; esac\n"
+    )
+    (tools / "ls").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    monkeypatch.setattr(steps, "APPEAR_SECONDS", 3)
+    command = steps.appears(f"{root}/a/b/file", "gone") + f"cat {root}/a/b/file"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "whole\n", "")
 
 
 def test_what_does_not_come_is_told_and_what_is_damaged_goes(
