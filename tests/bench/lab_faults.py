@@ -1,6 +1,6 @@
 """What every fault takes to find and to repair on real nodes: JSON rows on standard output, a table beside.
 
-Brings up a lab of its own, converges it, and puts the faults through the loop of the tests: up to eight in
+Brings up a lab of its own, converges it, and puts the faults through the loop of the tests: up to six in
 one, which then share its seconds, or with ``--alone`` each for itself. A loop that does not hold is said
 under the table, its nodes are converged again, and the exit code is 1.
 """

@@ -221,20 +221,20 @@ def test_the_two_pairs_try_every_fault_once_on_every_family_that_it_is_for() -> 
         assert all(case.fault.fits(int(case.node.removeprefix("node"))) for case in share)
 
 
-def test_what_is_tried_together_is_at_most_four_faults_a_node_of_different_roles() -> None:
+def test_what_is_tried_together_is_at_most_three_faults_a_node_of_different_roles() -> None:
     rows = plan(cases(nodes_of("mixed")))
-    assert max(len(row) for row in rows) == 8
+    assert max(len(row) for row in rows) == 6
     for row in rows:
         for node in nodes_of("mixed"):
             there = [case.role for case in row if node in case.lies_on]
-            assert len(there) == len(set(there)) <= 4
+            assert len(there) == len(set(there)) <= 3
 
 
 def test_what_is_tried_together_cannot_hide_each_other() -> None:
     roles = {role.name: role for role in registry.ROLES}
     for row in plan(cases(nodes_of("mixed"))):
-        between = {(case.role, case.name) for case in row if roles[case.role].crossing}
-        assert len(between) == len({role for role, _ in between})
+        between = [case.role for case in row if roles[case.role].crossing]
+        assert len(between) == len(set(between))
         for case in row:
             role = roles[case.role]
             bases = required([*role.needs, *role.proof_needs], registry.ROLES)
