@@ -121,11 +121,14 @@ def python_problem(prefix: Path, always: bool) -> str:
     wanted, found = f"{prefix}/bin/python", shutil.which("python")
     if found is None:
         return f"a login without activation finds no python, not {wanted}"
-    if not always and MADE.encode() not in Path(found).read_bytes()[:1000]:
-        return ""
     try:
+        with Path(found).open("rb") as file:
+            ours = MADE.encode() in file.read(1000)
+        if not always and not ours:
+            return ""
         ask = [found, "-c", "import sys; print(sys.prefix)"]
-        said = subprocess.run(ask, stdout=subprocess.PIPE).stdout.decode().strip()
+        done = subprocess.run(ask, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        said = done.stdout.decode(errors="replace").strip()
     except OSError as error:
         return f"{found} does not start: {error.strerror}"
     if said and Path(said).resolve() == prefix.resolve():
