@@ -209,7 +209,13 @@ def build(directory: Path, host: Host, family: Family, kind: Kind, log: Path) ->
         remove_tree(path)
     shutil.copyfile(root / "var/lib/dpkg/status", directory / "status")
     if kind == "vm":
-        settle(root, {**FILES, **machine_image.FILES}, machine_image.ENABLED, machine_image.MASKED)
+        settle(
+            root,
+            {**FILES, **machine_image.FILES},
+            machine_image.ENABLED,
+            machine_image.MASKED,
+            machine_image.NO_GENERATORS,
+        )
         machine_image.to_disk(directory, log)
     elif family == "rpm":
         rpm_image.turn(root, directory / "status", log)
@@ -250,7 +256,11 @@ def available_memory(meminfo: str) -> int:
 
 
 def settle(
-    root: Path, files: Mapping[str, str], enabled: Collection[str], masked: Collection[str] = ()
+    root: Path,
+    files: Mapping[str, str],
+    enabled: Collection[str],
+    masked: Collection[str] = (),
+    no_generators: Collection[str] = (),
 ) -> None:
     """Turn a fresh system into a node's base: quick to boot, offline, without an identity of its own."""
     for stale in [
@@ -271,8 +281,10 @@ def settle(
     for name in ("srv/lockstep/packages", "shared", "var/log/journal"):
         make_directory(root / name)
     run(["systemctl", f"--root={root}", "--quiet", "enable", *enabled])
-    for unit in (*MASKED, *masked):
-        link = root / "etc/systemd/system" / unit
+    units = (f"system/{name}" for name in (*MASKED, *masked))
+    for name in (*units, *(f"system-generators/{each}" for each in no_generators)):
+        link = root / "etc/systemd" / name
+        make_directory(link.parent)
         link.unlink(missing_ok=True)
         link.symlink_to("/dev/null")
     link = root / "etc/systemd/system/default.target"
