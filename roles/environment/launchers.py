@@ -61,7 +61,9 @@ def _each(one: Declared, action: str) -> str:
         f'      case $k in "$P"/*|{HOME_OF_ENVIRONMENTS}/*) ;; *)\n'
         f'        [ -e "${{k%/bin/$c}}/{STAMP}" ] || k=foreign;; esac\n'
         "    fi\n"
-        f'  elif [ $c = python ] && grep -qsxF {quote(MADE)} "$l"; then\n'
+        # By the shell's own means: a program that fails would make ours another's, which nobody mends.
+        '  elif [ $c = python ] && [ -f "$l" ] && { read -r made && read -r made; } <"$l" \\\n'
+        f'    && [ "$made" = {quote(MADE)} ]; then\n'
         f'    if ! [ -x "$l" ]; then k=nothing; elif [ "$(cat "$l")" = {quote(script(one))} ]; then k=ok\n'
         '    else k=$(sed -n \'s/^exec \\(.*\\) "$@"$/\\1/p\' "$l"); k=${k:-nothing}; fi\n'
         "  else k=foreign; fi\n"

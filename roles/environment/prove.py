@@ -33,7 +33,7 @@ from roles.environment.trial import COMMAND_SECONDS, last_line, problems_of, sta
 STAMP = ".lockstep-environment.json"
 PROOF = ".lockstep-proof.json"
 MADE = "# Written by Lockstep; changes are lost."
-"""A line of the script that starts the environment's python for a login."""
+"""The second line of the script that starts the environment's python for a login."""
 OWN = "lockstep-trainer"
 VERSION = 3
 """Counts changes of what a proof shows: an older one is stale."""
