@@ -112,7 +112,12 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
 
     shell = commands.add_parser("shell", help="a root shell in a node, or one command, past ssh")
     shell.add_argument("node", metavar="NODE", help="for example node1")
-    shell.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND …")
+    shell.add_argument(
+        "command",
+        nargs=argparse.REMAINDER,
+        metavar="-- COMMAND …",
+        help="a program and its arguments, or in quotes one line of shell",
+    )
     shell.set_defaults(handler=_handler(_shell))
 
 

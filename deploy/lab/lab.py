@@ -421,8 +421,11 @@ def start(paths: Paths, name: str, progress: Progress) -> None:
 
 
 def shell(paths: Paths, name: str, command: Sequence[str]) -> int:
-    """Run a command as root inside a running node, past ssh; returns its exit code. Raises LabError."""
-    return find(paths, name).shell(command)
+    """Run a command as root inside a running node, past ssh; returns its exit code. Raises LabError.
+
+    One word alone is a line for the node's sh, as it is for ssh; more are the program and its arguments.
+    """
+    return find(paths, name).shell(["sh", "-c", *command] if len(command) == 1 else command)
 
 
 @dataclass(frozen=True)

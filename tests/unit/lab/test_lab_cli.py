@@ -15,7 +15,7 @@ from deploy.lab.__main__ import main
 from deploy.lab.container import Container
 from deploy.lab.errors import LabError
 from deploy.lab.lab import NodeStatus, Status
-from deploy.lab.node import Node
+from deploy.lab.node import Node, clean
 from deploy.lab.state import ROOT, Paths, Record, save_record
 
 
@@ -139,6 +139,30 @@ def test_an_unknown_node_is_answered_with_those_there_are(as_root: Path) -> None
     assert lab.find(paths, "node2").address == "10.77.7.12"
     with pytest.raises(LabError, match=r"no node 'node3' in this lab: it has node1, node2"):
         lab.find(paths, "node3")
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (["x=5; echo $x | tr 5 7"], "7\n"),
+        (["echo", "$x | tr", "a=b"], "$x | tr a=b\n"),
+        (["true"], ""),
+    ],
+)
+def test_a_line_in_quotes_is_shell_and_several_words_are_taken_as_they_are(
+    as_root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    typed: list[str],
+    said: str,
+) -> None:
+    class Here:
+        def shell(self, command: list[str]) -> int:
+            return subprocess.run(clean(command)).returncode
+
+    monkeypatch.setattr(lab, "find", lambda paths, name: Here())
+    assert main(["shell", "node1", "--", *typed]) == 0
+    assert capfd.readouterr().out == said
 
 
 def test_status_of_no_lab_and_of_a_lab_that_is_off(
