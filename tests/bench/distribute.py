@@ -16,7 +16,6 @@ from pathlib import Path
 
 import yaml
 
-from deploy.lab.state import Paths, load_record
 from tests.lab.site import ROOT, Site, bare, beside
 
 STATE = beside("distribute")
@@ -35,7 +34,7 @@ def main() -> int:
     with bare(STATE, systems="debian", count=NODES) as site:
         archive = pack(site.directory)
         declare(site, archive)
-        hold_links(site)
+        site.hold_links(MBIT)
         print(json.dumps(measured(site, archive), indent=1))
     return 0
 
@@ -61,18 +60,6 @@ def declare(site: Site, archive: Path) -> None:
     """The archive goes from node to node."""
     entry = {"archive": str(archive), "imports": [], "commands": [], "distribute": "nodes"}
     site.declare(environments={"main": entry})
-
-
-def hold_links(site: Site, mbit: int = MBIT) -> None:
-    """Hold each node's link, both ways, and this machine's way to all of them to so many Mbit/s."""
-    limit = f"root tbf rate {mbit}mbit burst 128kb latency 100ms"
-    record = load_record(Paths(site.state, site.state))
-    assert record is not None
-    links = [record.bridge, *(record.link(node) for node in site.nodes)]
-    for link in links:
-        subprocess.run(["tc", "qdisc", "replace", "dev", link, *limit.split()], check=True)
-    for node in site.nodes:
-        site.shell(node, f"tc qdisc replace dev host0 {limit}")
 
 
 def measured(site: Site, archive: Path) -> dict[str, float]:

@@ -289,6 +289,22 @@ class Site:
         """Wait until that job is complete."""
         self.wait(f"{name} complete", lambda: (self.runs / name / "complete.json").exists())
 
+    def link(self, node: str) -> str:
+        """This machine's end of the node's cable."""
+        return find(self.paths, node).record.link(node)
+
+    def hold_links(self, mbit: int) -> None:
+        """Hold each node's link, both ways, and this machine's way to all of them to so many Mbit/s.
+
+        A node that is started again has a new link, which nothing holds.
+        """
+        limit = f"root tbf rate {mbit}mbit burst 128kb latency 100ms"
+        bridge = find(self.paths, next(iter(self.nodes))).record.bridge
+        for link in (bridge, *map(self.link, self.nodes)):
+            subprocess.run(["tc", "qdisc", "replace", "dev", link, *limit.split()], check=True)
+        for node in self.nodes:
+            self.shell(node, f"tc qdisc replace dev host0 {limit}")
+
     def sessions(self, node: str) -> list[str]:
         """Commands that the node's sshd started so far, by its own log."""
         log = self.shell(node, "journalctl -q -o cat _COMM=sshd | grep 'Starting session' || true")

@@ -7,10 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from deploy.lab.state import Paths, load_record
 from roles.core import relay
 from roles.core.steps import Upload
-from tests.bench.distribute import hold_links
 from tests.bench.power_cut import BYTES
 from tests.lab.relay import DEPOT, declared, deploy, has, left
 from tests.lab.site import Site, bare, beside
@@ -20,7 +18,7 @@ from tests.lab.site import Site, bare, beside
 def chain() -> Iterator[Site]:
     """Three bare nodes whose links are slow enough to see a file pass."""
     with bare(beside("chain"), systems="debian", count=3) as site:
-        hold_links(site, 24)
+        site.hold_links(24)
         yield site
 
 
@@ -48,9 +46,7 @@ def test_a_key_that_nobody_could_take_back_goes_with_the_run_after_its_giver_was
 
 def plugged(site: Site, node: str, state: str) -> None:
     """Have the node's cable in (up) or out (down)."""
-    record = load_record(Paths(site.state, site.state))
-    assert record is not None
-    subprocess.run(["ip", "link", "set", "dev", record.link(node), state], check=True)
+    subprocess.run(["ip", "link", "set", "dev", site.link(node), state], check=True)
 
 
 @pytest.mark.slow

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 import pytest
 
 from deploy.lab import faults
-from tests.bench.distribute import hold_links
 from tests.lab.cycle import APART
 from tests.lab.site import Site, bare, beside
 
@@ -147,7 +146,7 @@ def test_a_power_cut_in_the_middle_is_mended_by_the_next_run(
             for _ in range(BIG // 10_000_000):
                 file.write(os.urandom(10_000_000))
     place = f"/data/.{'models' if giver else 'words'}.arriving/files/{name}"
-    hold_links(site, MBIT)  # each time anew: a cut takes them away
+    site.hold_links(MBIT)
     run = site.start("deploy/cluster.py")
     try:
         site.wait(
@@ -163,8 +162,8 @@ def test_a_power_cut_in_the_middle_is_mended_by_the_next_run(
     said = site.said.read_text(errors="replace")
     assert f"[{taker}] Error" in said and "Traceback" not in said, said[-4000:]
     assert site.lockstep("lab", "start", cut).returncode == 0
-    if cut == "node1":
-        assert 0 < int(site.shell("node1", f"stat -c %s {place}")) < BIG
+    if cut == taker:
+        assert 0 < int(site.shell(taker, f"stat -c %s {place}")) < BIG
     site.converge()
     same(site)
     _forget(site, giver, name)

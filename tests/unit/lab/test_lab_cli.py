@@ -146,7 +146,6 @@ def test_an_unknown_node_is_answered_with_those_there_are(as_root: Path) -> None
     [
         (["x=5; echo $x | tr 5 7"], "7\n"),
         (["echo", "$x | tr", "a=b"], "$x | tr a=b\n"),
-        (["true"], ""),
     ],
 )
 def test_a_line_in_quotes_is_shell_and_several_words_are_taken_as_they_are(
